@@ -1,0 +1,5 @@
+//! What crosses the boundary between the eBPF programs and the engine: both sides compile these definitions.
+#![no_std]
+
+pub mod offsets;
+pub mod survey;
