@@ -1,0 +1,374 @@
+//! The directory that holds a dump.
+//!
+//! Only one engine writes to it (it holds an exclusive flock(2) on the directory; readers hold a shared one). Files are
+//! private to their owner and never opened through a symbolic link. A dump exists from the instant in which its
+//! inventory gets its name: all else is on disk by then, and the inventory of an earlier dump in the same directory went
+//! away before the first file was written.
+
+use std::{
+    fs::{DirBuilder, File, OpenOptions, TryLockError},
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
+    sync::Mutex,
+};
+
+use nix::{
+    dir::Dir,
+    errno::Errno,
+    fcntl::{AtFlags, OFlag, openat, readlinkat, renameat},
+    sys::stat::{Mode, SFlag, fstatat},
+    unistd::{UnlinkatFlags, symlinkat, syncfs, unlinkat},
+};
+use prost::Message;
+
+use super::{
+    Head, ImageError, ImageKind, ImageName, ImageReader, ImageWriter, check,
+    kind::IMG_VERSION,
+    proto::{InventoryEntry, Lsmtype},
+};
+
+/// The link to the dump that this one builds on; CRIU's name for it.
+const PARENT: &str = "parent";
+
+/// The inventory until it is on disk.
+const UNFINISHED_INVENTORY: &str = ".inventory.img.new";
+
+/// An image directory, open and locked.
+#[derive(Debug)]
+pub struct ImageDir {
+    path: PathBuf,
+    dir: File,
+    /// Whether the inventory of an earlier dump is out of the way. Only of interest to a writer.
+    cleared: Mutex<bool>,
+}
+
+impl ImageDir {
+    /// Opens a directory for a dump, makes it (0700) if it is not there, and locks it against everyone else.
+    ///
+    /// The files of an earlier dump go away when the first one is written; they go on to exist for those who have them
+    /// open.
+    pub fn create(path: impl AsRef<Path>) -> Result<ImageDir, ImageError> {
+        let path = path.as_ref();
+        match DirBuilder::new().mode(0o700).create(path) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(failed(path, "mkdir", e)),
+            _ => {}
+        }
+        let dir = open_dir(path, libc::O_NOFOLLOW)?;
+        lock(path, dir.try_lock())?;
+        Ok(ImageDir { path: path.to_owned(), dir, cleared: Mutex::new(false) })
+    }
+
+    /// Opens a complete dump for reading, and keeps writers away.
+    pub fn open(path: impl AsRef<Path>) -> Result<ImageDir, ImageError> {
+        let path = path.as_ref();
+        Self::opened(path.to_owned(), open_dir(path, 0)?)
+    }
+
+    fn opened(path: PathBuf, dir: File) -> Result<ImageDir, ImageError> {
+        lock(&path, dir.try_lock_shared())?;
+        let dir = ImageDir { path, dir, cleared: Mutex::new(true) };
+        if !dir.exists(ImageKind::Inventory)? {
+            return Err(ImageError::Incomplete { path: dir.path });
+        }
+        dir.inventory()?;
+        Ok(dir)
+    }
+
+    /// The path that the directory was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The path of a file in the directory, for messages.
+    pub fn path_of(&self, name: impl Into<ImageName>) -> PathBuf {
+        self.path.join(name.into().to_string())
+    }
+
+    // ---- writing ----
+
+    /// Begins a file. Whatever had its name is unlinked first, never overwritten: somebody may have it mapped.
+    pub fn writer(&self, name: impl Into<ImageName>) -> Result<ImageWriter, ImageError> {
+        let name = name.into();
+        Ok(ImageWriter::new(self.path_of(name), self.create_file(name)?, name.kind))
+    }
+
+    /// A new and empty file for raw content, open for reading and writing.
+    pub fn create_file(&self, name: impl Into<ImageName>) -> Result<File, ImageError> {
+        self.clear()?;
+        fresh(&self.dir, &self.path, &name.into().to_string())
+    }
+
+    /// Writes a file with one message.
+    pub fn write_one<M: Message>(&self, name: impl Into<ImageName>, message: &M) -> Result<(), ImageError> {
+        self.write_all(name, [message])
+    }
+
+    /// Writes a file with any number of messages.
+    pub fn write_all<'m, M: Message + 'm>(
+        &self,
+        name: impl Into<ImageName>,
+        messages: impl IntoIterator<Item = &'m M>,
+    ) -> Result<(), ImageError> {
+        let mut writer = self.writer(name)?;
+        for message in messages {
+            writer.message(message)?;
+        }
+        writer.finish().map(drop)
+    }
+
+    /// Brings everything in the directory to disk: one syncfs(2), because thousands of small files with an fsync(2) each
+    /// cost thousands of journal commits.
+    pub fn sync(&self) -> Result<(), ImageError> {
+        syncfs(&self.dir).map_err(|e| failed(&self.path, "syncfs", e.into()))
+    }
+
+    /// Makes the files a dump: brings them to disk, then writes the inventory and brings that to disk.
+    /// The inventory's version is filled in here.
+    pub fn commit(&self, inventory: &InventoryEntry) -> Result<(), ImageError> {
+        let inventory = InventoryEntry { img_version: IMG_VERSION, ..inventory.clone() };
+        self.clear()?;
+        self.sync()?;
+        let path = self.path_of(ImageKind::Inventory);
+        let mut writer =
+            ImageWriter::new(path.clone(), fresh(&self.dir, &self.path, UNFINISHED_INVENTORY)?, ImageKind::Inventory);
+        writer.message(&inventory)?;
+        let of_file = |call| move |source| ImageError::File { file: path, offset: 0, call, source };
+        writer.finish()?.sync_all().map_err(of_file.clone()("fsync"))?;
+        renameat(&self.dir, UNFINISHED_INVENTORY, &self.dir, &*ImageName::from(ImageKind::Inventory).to_string())
+            .map_err(|e| of_file("rename")(e.into()))?;
+        self.dir.sync_all().map_err(|e| failed(&self.path, "fsync", e))
+    }
+
+    /// Makes this dump build on another one. A relative path starts in this directory, as a link's does.
+    pub fn set_parent(&self, parent: &Path) -> Result<(), ImageError> {
+        self.clear()?;
+        self.remove(PARENT)?;
+        symlinkat(parent, &self.dir, PARENT).map_err(|e| failed(&self.path.join(PARENT), "symlink", e.into()))
+    }
+
+    /// Takes an earlier dump away before the first file of this one is made: its inventory first, and for good, so that
+    /// at no time anything looks like a dump and is none; then the rest, which nobody would tell from files of ours.
+    fn clear(&self) -> Result<(), ImageError> {
+        let mut cleared = self.cleared.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if !*cleared {
+            if self.remove(&ImageName::from(ImageKind::Inventory).to_string())? {
+                self.dir.sync_all().map_err(|e| failed(&self.path, "fsync", e))?;
+            }
+            // How the last dump went may still be of interest.
+            for name in self.list()?.iter().filter(|name| name.kind.head() != Head::Service) {
+                self.remove(&name.to_string())?;
+            }
+            self.remove(PARENT)?;
+            *cleared = true;
+        }
+        Ok(())
+    }
+
+    /// Unlinks a file, and says whether it was there. What is no regular file nor a link is left where it is.
+    fn remove(&self, name: &str) -> Result<bool, ImageError> {
+        match unlinkat(&self.dir, name, UnlinkatFlags::NoRemoveDir) {
+            Ok(()) => Ok(true),
+            Err(Errno::ENOENT | Errno::EISDIR) => Ok(false),
+            Err(e) => Err(failed(&self.path.join(name), "unlink", e.into())),
+        }
+    }
+
+    // ---- reading ----
+
+    /// Whether there is such a file.
+    pub fn exists(&self, name: impl Into<ImageName>) -> Result<bool, ImageError> {
+        let name = name.into();
+        match fstatat(&self.dir, &*name.to_string(), AtFlags::AT_SYMLINK_NOFOLLOW) {
+            Ok(_) => Ok(true),
+            Err(Errno::ENOENT) => Ok(false),
+            Err(e) => Err(ImageError::File { file: self.path_of(name), offset: 0, call: "stat", source: e.into() }),
+        }
+    }
+
+    /// Opens a file behind its magic.
+    pub fn reader(&self, name: impl Into<ImageName>) -> Result<ImageReader, ImageError> {
+        let name = name.into();
+        let (file, size) = self.open_sized(name)?;
+        ImageReader::new(self.path_of(name), file, size, name.kind)
+    }
+
+    /// Opens a file at its very beginning.
+    pub fn open_file(&self, name: impl Into<ImageName>) -> Result<File, ImageError> {
+        self.open_sized(name.into()).map(|(file, _)| file)
+    }
+
+    /// Opens a file at its very beginning, and says how long it is.
+    pub(super) fn open_sized(&self, name: ImageName) -> Result<(File, u64), ImageError> {
+        let path = self.path_of(name);
+        // Without O_NONBLOCK a FIFO of that name would hold us for ever.
+        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
+        let file = match openat(&self.dir, &*name.to_string(), flags, Mode::empty()) {
+            Ok(fd) => File::from(fd),
+            Err(Errno::ENOENT) => return Err(ImageError::Missing { file: path }),
+            Err(Errno::ELOOP) => return Err(ImageError::NotRegular { file: path }),
+            Err(e) => return Err(ImageError::File { file: path, offset: 0, call: "open", source: e.into() }),
+        };
+        match file.metadata() {
+            Ok(meta) if meta.is_file() => Ok((file, meta.len())),
+            Ok(_) => Err(ImageError::NotRegular { file: path }),
+            Err(source) => Err(ImageError::File { file: path, offset: 0, call: "fstat", source }),
+        }
+    }
+
+    /// Reads a file with one message.
+    pub fn read_one<M: Message + Default>(&self, name: impl Into<ImageName>) -> Result<M, ImageError> {
+        self.reader(name)?.only()
+    }
+
+    /// Reads a file with one message if the file is there.
+    pub fn read_optional<M: Message + Default>(&self, name: impl Into<ImageName>) -> Result<Option<M>, ImageError> {
+        match self.read_one(name) {
+            Err(ImageError::Missing { .. }) => Ok(None),
+            other => other.map(Some),
+        }
+    }
+
+    /// Reads all messages of a file. For kinds with bytes behind their messages use [`ImageDir::reader`].
+    /// A file that is not there is an empty one: dumps leave out what they have nothing of.
+    pub fn read_all<M: Message + Default>(&self, name: impl Into<ImageName>) -> Result<Vec<M>, ImageError> {
+        let mut reader = match self.reader(name) {
+            Err(ImageError::Missing { .. }) => return Ok(Vec::new()),
+            other => other?,
+        };
+        let mut all = Vec::new();
+        let mut budget = check::Budget::default();
+        loop {
+            let start = reader.position();
+            let Some(message) = reader.message::<M>()? else { return Ok(all) };
+            budget.spend::<M>(reader.path(), start, reader.position() - start)?;
+            all.push(message);
+        }
+    }
+
+    /// The inventory, its version checked.
+    pub fn inventory(&self) -> Result<InventoryEntry, ImageError> {
+        let inventory: InventoryEntry = self.read_one(ImageKind::Inventory)?;
+        let contradiction =
+            |what: String| Err(ImageError::Contradiction { file: self.path_of(ImageKind::Inventory), what });
+        if !(1..=IMG_VERSION).contains(&inventory.img_version) {
+            return Err(ImageError::Version { file: self.path_of(ImageKind::Inventory), found: inventory.img_version });
+        }
+        if !inventory.fdinfo_per_id() {
+            return contradiction("its descriptor tables are named in a way that only dumps before 2013 had".into());
+        }
+        if let Some(lsm) = inventory.lsmtype
+            && Lsmtype::try_from(lsm).is_err()
+        {
+            return contradiction(format!("unknown security module {lsm}"));
+        }
+        Ok(inventory)
+    }
+
+    /// The names of all image files in the directory, sorted.
+    pub fn list(&self) -> Result<Vec<ImageName>, ImageError> {
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let failed = |e: Errno| failed(&self.path, "readdir", e.into());
+        let mut names = Vec::new();
+        for entry in Dir::openat(&self.dir, ".", flags, Mode::empty()).map_err(failed)?.iter() {
+            names.extend(entry.map_err(failed)?.file_name().to_str().ok().and_then(ImageName::parse));
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    /// The dump that this one builds on, if any.
+    pub fn parent(&self) -> Result<Option<ImageDir>, ImageError> {
+        let path = self.path.join(PARENT);
+        let target = match readlinkat(&self.dir, PARENT) {
+            Ok(target) => target,
+            Err(Errno::ENOENT) => return Ok(None),
+            Err(e) => return Err(failed(&path, "readlink", e.into())),
+        };
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let dir = openat(&self.dir, &*target, flags, Mode::empty()).map_err(|e| failed(&path, "open", e.into()))?;
+        Self::opened(path, dir.into()).map(Some)
+    }
+
+    /// All dumps that this one builds on, the nearest first.
+    pub fn parents(&self) -> Result<Vec<ImageDir>, ImageError> {
+        let wrong = |what| Err(ImageError::Parents { path: self.path.clone(), what });
+        let mut seen = vec![self.identity()?];
+        let mut chain: Vec<ImageDir> = Vec::new();
+        while let Some(next) = chain.last().unwrap_or(self).parent()? {
+            let identity = next.identity()?;
+            if seen.contains(&identity) {
+                return wrong("goes round in a circle");
+            }
+            if chain.len() >= check::PARENTS_MAX {
+                return wrong("has more links than any sane one");
+            }
+            seen.push(identity);
+            chain.push(next);
+        }
+        Ok(chain)
+    }
+
+    fn identity(&self) -> Result<(u64, u64), ImageError> {
+        let meta = self.dir.metadata().map_err(|e| failed(&self.path, "fstat", e))?;
+        Ok((meta.dev(), meta.ino()))
+    }
+}
+
+impl AsFd for ImageDir {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.dir.as_fd()
+    }
+}
+
+/// Writes a file that tells how a dump or restore went ([`ImageKind::StatsDump`], [`ImageKind::StatsRestore`]) into a
+/// directory that need not hold a dump: such files go to the work directory.
+pub fn write_service<M: Message>(directory: &Path, kind: ImageKind, message: &M) -> Result<(), ImageError> {
+    let name = ImageName::from(kind).to_string();
+    let dir = open_dir(directory, 0)?;
+    let mut writer = ImageWriter::new(directory.join(&name), fresh(&dir, directory, &name)?, kind);
+    writer.message(message)?;
+    writer.finish().map(drop)
+}
+
+fn open_dir(path: &Path, flags: i32) -> Result<File, ImageError> {
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(libc::O_DIRECTORY | libc::O_CLOEXEC | flags);
+    options.open(path).map_err(|e| failed(path, "open", e))
+}
+
+fn lock(path: &Path, outcome: Result<(), TryLockError>) -> Result<(), ImageError> {
+    outcome.map_err(|e| match e {
+        TryLockError::WouldBlock => ImageError::Busy { path: path.to_owned() },
+        TryLockError::Error(e) => failed(path, "flock", e),
+    })
+}
+
+fn failed(path: &Path, call: &'static str, source: io::Error) -> ImageError {
+    ImageError::Dir { path: path.to_owned(), call, source }
+}
+
+/// A new file of this name; what had the name before is unlinked.
+fn fresh(dir: &File, path: &Path, name: &str) -> Result<File, ImageError> {
+    let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let of_file = |call: &'static str| {
+        move |e: Errno| ImageError::File { file: path.join(name), offset: 0, call, source: e.into() }
+    };
+    let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+    match openat(dir, name, flags, mode) {
+        Err(Errno::EEXIST) => {
+            let stat = fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW).map_err(of_file("stat"))?;
+            if stat.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFREG.bits() {
+                return Err(ImageError::NotRegular { file: path.join(name) });
+            }
+            unlinkat(dir, name, UnlinkatFlags::NoRemoveDir).map_err(of_file("unlink"))?;
+            openat(dir, name, flags, mode)
+        }
+        other => other,
+    }
+    .map(File::from)
+    .map_err(of_file("open"))
+}

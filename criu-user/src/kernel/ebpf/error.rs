@@ -1,0 +1,84 @@
+//! What can keep the eBPF programs from being used. None of it keeps a dump from being made: /proc is asked instead.
+
+use std::io;
+
+/// Why the kernel could not be asked through eBPF.
+#[derive(Debug, thiserror::Error)]
+pub enum EbpfError {
+    /// The toolchain was missing when the engine was built.
+    #[error(
+        "this criu-ebpf was built without eBPF programs: build it with `cargo xtask setup` and `cargo xtask build`"
+    )]
+    NotBuilt,
+    /// The kernel does not describe its types.
+    #[error("cannot read the kernel's type information {path}: {source}; it needs CONFIG_DEBUG_INFO_BTF")]
+    NoBtf {
+        /// The file.
+        path: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The type information is not what the format says.
+    #[error("the kernel's type information is broken at byte {at}")]
+    BadBtf {
+        /// Where.
+        at: usize,
+    },
+    /// A type, field or function that the programs are about does not exist in this kernel.
+    #[error("this kernel has no {what}, which the eBPF programs read")]
+    Missing {
+        /// Its name.
+        what: String,
+    },
+    /// The object inside the engine cannot be used.
+    #[error("the eBPF object `{object}` inside this criu-ebpf is unusable: {why}")]
+    BadObject {
+        /// Name of the object.
+        object: &'static str,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A bpf(2) call failed.
+    #[error("bpf({command}) for {on} failed: {source}")]
+    Call {
+        /// The command.
+        command: &'static str,
+        /// What for.
+        on: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The verifier refused a program.
+    #[error("the kernel refused the eBPF program `{program}`: {source}\n{log}")]
+    Refused {
+        /// The program.
+        program: String,
+        /// What the kernel said.
+        source: io::Error,
+        /// The end of the verifier's log.
+        log: String,
+    },
+    /// An iterator ended early.
+    #[error("cannot read what the eBPF program `{program}` says of process {pid}: {source}")]
+    Read {
+        /// The program.
+        program: &'static str,
+        /// The process.
+        pid: i32,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// An iterator's records make no sense.
+    #[error("what the eBPF program `{program}` says of process {pid} is broken at byte {at}")]
+    BadRecord {
+        /// The program.
+        program: &'static str,
+        /// The process.
+        pid: i32,
+        /// Where.
+        at: usize,
+    },
+}
+
+/// Result of what is done with eBPF.
+pub type EbpfResult<T> = Result<T, EbpfError>;

@@ -1,0 +1,103 @@
+//! System V shared memory segments: shmget(2), shmctl(2), shmat(2).
+
+use std::fs::OpenOptions;
+use std::os::fd::OwnedFd;
+
+use nix::errno::Errno;
+
+use super::error::During;
+use super::{SysError, SysResult};
+
+/// The segment goes at its last detach: include/uapi/linux/shm.h.
+pub const SHM_DEST: u32 = 0o1000;
+
+/// What the kernel says of a segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    /// Its key; 0 for none.
+    pub key: i32,
+    /// Its id.
+    pub id: i32,
+    /// Bytes.
+    pub size: u64,
+    /// Owner: uid, gid.
+    pub owner: (u32, u32),
+    /// Creator: uid, gid.
+    pub creator: (u32, u32),
+    /// Permissions and [`SHM_DEST`].
+    pub mode: u32,
+}
+
+fn failed(call: &'static str, id: i32) -> SysError {
+    SysError::new(call, format!("segment {id}"), Errno::last())
+}
+
+/// Asks for a segment.
+pub fn stat(id: i32) -> SysResult<Segment> {
+    // SAFETY: all-zero is valid for this plain C struct, which the call fills.
+    unsafe {
+        let mut ds: libc::shmid_ds = std::mem::zeroed();
+        if libc::shmctl(id, libc::IPC_STAT, &raw mut ds) < 0 {
+            return Err(failed("shmctl(IPC_STAT)", id));
+        }
+        let perm = &ds.shm_perm;
+        Ok(Segment {
+            key: perm.__key,
+            id,
+            size: ds.shm_segsz as u64,
+            owner: (perm.uid, perm.gid),
+            creator: (perm.cuid, perm.cgid),
+            mode: perm.mode.into(),
+        })
+    }
+}
+
+/// Creates a segment with an id of our choice (CONFIG_CHECKPOINT_RESTORE: /proc/sys/kernel/shm_next_id).
+pub fn create(wanted: &Segment) -> SysResult<()> {
+    const NEXT: &str = "/proc/sys/kernel/shm_next_id";
+    std::fs::write(NEXT, wanted.id.to_string()).during("write", NEXT)?;
+    let flags = (wanted.mode & 0o777) as i32 | libc::IPC_CREAT | libc::IPC_EXCL;
+    // SAFETY: numbers only.
+    let id = unsafe { libc::shmget(wanted.key, wanted.size as usize, flags) };
+    if id < 0 {
+        return Err(failed("shmget", wanted.id));
+    }
+    if id != wanted.id {
+        remove(id)?;
+        return Err(SysError::new("shmget", format!("segment {} (its place is taken)", wanted.id), Errno::EEXIST));
+    }
+    // SAFETY: the call reads the struct, whose owner and mode are set; all-zero is valid for the rest.
+    unsafe {
+        let mut ds: libc::shmid_ds = std::mem::zeroed();
+        (ds.shm_perm.uid, ds.shm_perm.gid) = wanted.owner;
+        ds.shm_perm.mode = (wanted.mode & 0o777) as _;
+        if libc::shmctl(id, libc::IPC_SET, &raw mut ds) < 0 {
+            return Err(failed("shmctl(IPC_SET)", id));
+        }
+    }
+    Ok(())
+}
+
+/// Removes a segment, at its last detach: IPC_RMID.
+pub fn remove(id: i32) -> SysResult<()> {
+    // SAFETY: numbers only.
+    if unsafe { libc::shmctl(id, libc::IPC_RMID, std::ptr::null_mut()) } < 0 {
+        return Err(failed("shmctl(IPC_RMID)", id));
+    }
+    Ok(())
+}
+
+/// The file behind a segment of `size` bytes.
+pub fn file(id: i32, size: u64) -> SysResult<OwnedFd> {
+    // SAFETY: attached where the kernel likes, and detached again below; nothing refers to it.
+    let at = unsafe { libc::shmat(id, std::ptr::null(), 0) };
+    if at as isize == -1 {
+        return Err(failed("shmat", id));
+    }
+    let end = at as u64 + size.next_multiple_of(super::survey::PAGE);
+    let path = format!("/proc/self/map_files/{:x}-{end:x}", at as u64);
+    let file = OpenOptions::new().read(true).write(true).open(&path).during("open", &path);
+    // SAFETY: attached above.
+    unsafe { libc::shmdt(at) };
+    file.map(Into::into)
+}

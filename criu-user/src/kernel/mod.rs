@@ -1,0 +1,39 @@
+//! Everything that talks to the kernel: thin, typed wrappers that own their descriptors and know nothing of images.
+//! The raw system calls, and with them `unsafe`, live here and in the agent only.
+
+pub mod apart;
+pub mod cgroup;
+pub mod clone;
+pub mod ebpf;
+pub mod error;
+pub mod events;
+pub mod fd;
+pub mod ipc;
+pub mod map;
+pub mod mem;
+pub mod pagemap;
+pub mod pidfd;
+pub mod pipe;
+pub mod proc;
+pub mod ptrace;
+pub mod regs;
+pub mod sched;
+pub mod scratch;
+pub mod socket;
+pub mod survey;
+pub mod surveyor;
+pub mod sys;
+pub mod threads;
+pub mod tty;
+pub mod unix_diag;
+pub mod xsave;
+
+pub use error::{SysError, SysResult};
+
+/// The name of a system call, for messages.
+pub fn syscall_name(nr: i64) -> std::borrow::Cow<'static, str> {
+    match syscalls::Sysno::new(nr as usize) {
+        Some(known) => known.name().into(),
+        None => format!("syscall {nr}").into(),
+    }
+}

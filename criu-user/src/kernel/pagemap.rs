@@ -1,0 +1,133 @@
+//! Which pages of an area hold something: the PAGEMAP_SCAN ioctl of `/proc/PID/pagemap` (Linux 6.7).
+//!
+//! # References
+//! Documentation/admin-guide/mm/pagemap.rst, include/uapi/linux/fs.h.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+
+use nix::errno::Errno;
+use nix::unistd::Pid;
+
+use super::error::During;
+use super::{SysError, SysResult};
+
+bitflags::bitflags! {
+    /// Categories of pages, `PAGE_IS_*`.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub struct PageKind: u64 {
+        /// Its write is not yet tracked, or it was written since it was armed.
+        const WP_ALLOWED = 1;
+        /// Written since it was armed.
+        const WRITTEN = 1 << 1;
+        /// Belongs to a file.
+        const FILE = 1 << 2;
+        /// In memory.
+        const PRESENT = 1 << 3;
+        /// Swapped out.
+        const SWAPPED = 1 << 4;
+        /// The zero page.
+        const PFN_ZERO = 1 << 5;
+        /// Part of a huge page.
+        const HUGE = 1 << 6;
+        /// Written, by the soft-dirty bit.
+        const SOFT_DIRTY = 1 << 7;
+        /// A guard region (Linux 6.15).
+        const GUARD = 1 << 8;
+    }
+}
+
+/// A run of pages of one kind.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Region {
+    /// First address.
+    pub start: u64,
+    /// Address after the last.
+    pub end: u64,
+    /// Their kind, `PageKind` bits.
+    pub categories: u64,
+}
+
+/// `struct pm_scan_arg`.
+#[repr(C)]
+#[derive(Default)]
+struct ScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// `_IOWR('f', 16, struct pm_scan_arg)`.
+const PAGEMAP_SCAN: u64 = (3 << 30) | ((size_of::<ScanArg>() as u64) << 16) | ((b'f' as u64) << 8) | 16;
+/// Regions asked for in one call; more of them and `walk_end` is stale (a bug of the kernel), so that the vector's last
+/// region tells where to go on.
+const VECTOR: usize = 2048;
+
+/// What to look for.
+#[derive(Debug, Clone, Copy)]
+pub struct Query {
+    /// Of these kinds all must hold (after `inverted`).
+    pub all: PageKind,
+    /// Of these at least one.
+    pub any: PageKind,
+    /// Kinds whose meaning is turned round.
+    pub inverted: PageKind,
+    /// Kinds that are reported back.
+    pub report: PageKind,
+}
+
+/// The page map of one process.
+#[derive(Debug)]
+pub struct PageMap {
+    file: File,
+    pid: Pid,
+    vector: Vec<Region>,
+}
+
+impl PageMap {
+    /// Opens `/proc/PID/pagemap`.
+    pub fn open(pid: Pid) -> SysResult<Self> {
+        let path = format!("/proc/{pid}/pagemap");
+        Ok(Self { file: File::open(&path).during("open", &path)?, pid, vector: vec![Region::default(); VECTOR] })
+    }
+
+    /// The runs of pages between `start` and `end` that match, ascending, appended to `found`.
+    pub fn scan(&mut self, start: u64, end: u64, query: Query, found: &mut Vec<Region>) -> SysResult<()> {
+        let mut at = start;
+        while at < end {
+            let mut arg = ScanArg {
+                size: size_of::<ScanArg>() as u64,
+                start: at,
+                end,
+                vec: self.vector.as_mut_ptr() as u64,
+                vec_len: VECTOR as u64,
+                category_inverted: query.inverted.bits(),
+                category_mask: query.all.bits(),
+                category_anyof_mask: query.any.bits(),
+                return_mask: query.report.bits(),
+                ..ScanArg::default()
+            };
+            // SAFETY: `arg` and the vector live for the call; the vector holds `vec_len` regions.
+            let n = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN as _, &raw mut arg) };
+            let n = Errno::result(n)
+                .map_err(|e| SysError::new("ioctl PAGEMAP_SCAN", format!("pid {}, {at:#x}-{end:#x}", self.pid), e))?
+                as usize;
+            found.extend_from_slice(&self.vector[..n]);
+            if n < VECTOR {
+                return Ok(());
+            }
+            at = self.vector[n - 1].end;
+        }
+        Ok(())
+    }
+}

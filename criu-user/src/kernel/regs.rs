@@ -1,0 +1,168 @@
+//! What a stopped thread was doing, read off its registers: whether a system call was interrupted, and how the thread
+//! goes on so that the program does not notice.
+//!
+//! arch/x86/kernel/signal.c, `arch_do_signal_or_restart`, is the kernel's own half of this: it turns the internal
+//! `-ERESTART*` values into a restart when no handler runs. What is added here is the other half: the calls that give
+//! plain `-EINTR` after any stop (signal(7), "Interruption of system calls and library functions by stop signals"),
+//! and the same decision in the form of data for those who go home without the kernel's help.
+
+use libc::user_regs_struct;
+
+const EINTR: i64 = 4;
+const ERESTARTSYS: i64 = 512;
+const ERESTARTNOINTR: i64 = 513;
+const ERESTARTNOHAND: i64 = 514;
+const ERESTART_RESTARTBLOCK: i64 = 516;
+/// Length of the `syscall` instruction.
+const SYSCALL_LEN: u64 = 2;
+
+/// How an interrupted system call goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Interrupted {
+    /// No system call was interrupted.
+    No,
+    /// It is made again with the same arguments.
+    Again {
+        /// Its number.
+        nr: i64,
+    },
+    /// It is continued with what remained of its time, which the kernel keeps in the thread's restart block.
+    Remainder {
+        /// Its number.
+        nr: i64,
+    },
+}
+
+/// Calls that return EINTR after a stop without any signal handler; made again, they do what the program expects.
+const EINTR_AFTER_STOP: [i64; 12] = [
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_pwait2,
+    libc::SYS_semop,
+    libc::SYS_semtimedop,
+    libc::SYS_rt_sigtimedwait,
+    libc::SYS_io_getevents,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_recvmmsg,
+    libc::SYS_accept,
+    libc::SYS_accept4,
+];
+
+/// Tells what became of the system call that a stopped thread was in.
+///
+/// `signal_waits`: a signal that is not blocked is pending, so that an EINTR may be that signal's doing.
+pub fn interrupted(regs: &user_regs_struct, signal_waits: bool) -> Interrupted {
+    let nr = regs.orig_rax as i64;
+    if nr < 0 {
+        return Interrupted::No;
+    }
+    match -(regs.rax as i64) {
+        ERESTARTSYS | ERESTARTNOINTR | ERESTARTNOHAND => Interrupted::Again { nr },
+        ERESTART_RESTARTBLOCK => Interrupted::Remainder { nr },
+        EINTR if !signal_waits && EINTR_AFTER_STOP.contains(&nr) => Interrupted::Again { nr },
+        _ => Interrupted::No,
+    }
+}
+
+/// The registers with which a thread resumes by itself, without the kernel's restart logic.
+pub fn resumable(regs: &user_regs_struct, signal_waits: bool) -> user_regs_struct {
+    let mut home = *regs;
+    match interrupted(regs, signal_waits) {
+        Interrupted::No => {}
+        // A signal that waits ends these calls: its handler is what the program waits for.
+        Interrupted::Again { .. } if signal_waits && -(regs.rax as i64) == ERESTARTNOHAND => {
+            home.rax = (-EINTR) as u64;
+        }
+        Interrupted::Again { nr } => {
+            home.rip -= SYSCALL_LEN;
+            home.rax = nr as u64;
+        }
+        Interrupted::Remainder { .. } => {
+            home.rip -= SYSCALL_LEN;
+            home.rax = libc::SYS_restart_syscall as u64;
+        }
+    }
+    home.orig_rax = u64::MAX;
+    home
+}
+
+/// The registers to leave a thread with when it is let go by ptrace: as they were, for the kernel to restart what it
+/// can, but for the calls that a mere stop ends with EINTR.
+pub fn released(regs: &user_regs_struct, signal_waits: bool) -> user_regs_struct {
+    if -(regs.rax as i64) == EINTR { resumable(regs, signal_waits) } else { *regs }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stopped_in(nr: i64, result: i64) -> user_regs_struct {
+        user_regs_struct {
+            r15: 0,
+            r14: 0,
+            r13: 0,
+            r12: 0,
+            rbp: 0,
+            rbx: 0,
+            r11: 0,
+            r10: 0,
+            r9: 0,
+            r8: 0,
+            rax: result as u64,
+            rcx: 0,
+            rdx: 0,
+            rsi: 0,
+            rdi: 0,
+            orig_rax: nr as u64,
+            rip: 0x1002,
+            cs: 0,
+            eflags: 0,
+            rsp: 0,
+            ss: 0,
+            fs_base: 0,
+            gs_base: 0,
+            ds: 0,
+            es: 0,
+            fs: 0,
+            gs: 0,
+        }
+    }
+
+    #[test]
+    fn running_code_is_left_alone() {
+        let regs = stopped_in(-1, 7);
+        assert_eq!(resumable(&regs, false), regs);
+    }
+
+    #[test]
+    fn a_read_is_made_again() {
+        let home = resumable(&stopped_in(libc::SYS_read, -ERESTARTSYS), false);
+        assert_eq!((home.rip, home.rax, home.orig_rax), (0x1000, libc::SYS_read as u64, u64::MAX));
+    }
+
+    #[test]
+    fn a_sleep_goes_on_with_what_remains() {
+        let home = resumable(&stopped_in(libc::SYS_nanosleep, -ERESTART_RESTARTBLOCK), false);
+        assert_eq!((home.rip, home.rax), (0x1000, libc::SYS_restart_syscall as u64));
+    }
+
+    #[test]
+    fn epoll_gets_no_eintr_from_a_stop_but_keeps_one_from_a_signal() {
+        let regs = stopped_in(libc::SYS_epoll_wait, -EINTR);
+        assert_eq!(released(&regs, false).rip, 0x1000);
+        assert_eq!(released(&regs, true), regs_with_eintr(&regs));
+    }
+
+    fn regs_with_eintr(regs: &user_regs_struct) -> user_regs_struct {
+        let mut same = *regs;
+        same.orig_rax = u64::MAX;
+        same
+    }
+
+    #[test]
+    fn pause_ends_when_a_signal_waits() {
+        let home = resumable(&stopped_in(libc::SYS_pause, -ERESTARTNOHAND), true);
+        assert_eq!((home.rip, home.rax), (0x1002, (-EINTR) as u64));
+    }
+}
