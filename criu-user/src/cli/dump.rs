@@ -1,0 +1,144 @@
+//! `criu-ebpf dump`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+use nix::unistd::Pid;
+
+use super::{Common, Outcome, log};
+use crate::dump::{self, DumpOptions};
+use crate::freeze::Release;
+use crate::kernel::surveyor::Source;
+use crate::object::cgroup::Manage;
+use crate::object::outside::{External, Inherit};
+
+#[derive(Debug, Args)]
+pub(super) struct DumpArgs {
+    #[command(flatten)]
+    common: Common,
+    /// Root of the process tree
+    #[arg(short = 't', long = "tree", value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
+    pid: i32,
+    /// Let the tree run on after the dump
+    #[arg(short = 'R', long)]
+    leave_running: bool,
+    /// Leave the tree stopped (SIGSTOP) after the dump
+    #[arg(short = 's', long, conflicts_with = "leave_running")]
+    leave_stopped: bool,
+    /// The tree may belong to a session outside of it, such as that of the shell that started it
+    #[arg(short = 'j', long)]
+    shell_job: bool,
+    /// Seconds after which a tree that does not come to rest is let go
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    timeout: u64,
+    /// Something that belongs to somebody outside of the tree: pipe:[INODE], file[MOUNT:INODE], tty[RDEV:DEV], unix[INODE]
+    #[arg(long, value_name = "RESOURCE")]
+    external: Vec<External>,
+    /// Something that will be given at the restore; says the same as --external
+    #[arg(long, value_name = "fd[N]:RESOURCE")]
+    inherit_fd: Vec<Inherit>,
+    /// Dump file locks (flock, POSIX, open file description, leases); nobody outside may depend on them
+    #[arg(long)]
+    file_locks: bool,
+    /// Give open files that have lost their name, but have another, one more name until the restore
+    #[arg(long)]
+    link_remap: bool,
+    /// Largest deleted file whose content is kept, on disk; K, M and G may follow
+    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "1M")]
+    ghost_limit: u64,
+    /// Sockets may be connected to named datagram sockets outside of the tree
+    #[arg(short = 'x', long)]
+    ext_unix_sk: bool,
+    /// Give TCP connections up: they are restored as closed sockets
+    #[arg(long)]
+    tcp_close: bool,
+    /// Keep TCP connections (not supported yet)
+    #[arg(long, conflicts_with = "tcp_close")]
+    tcp_established: bool,
+    /// Where the list of areas and descriptors comes from
+    #[arg(long, value_name = "SOURCE", value_enum, default_value = "auto")]
+    survey: Survey,
+    /// What is done about control groups: any but ignore saves them
+    #[arg(long, value_name = "MODE", value_enum, num_args = 0..=1, require_equals = true, default_value = "soft",
+          default_missing_value = "soft")]
+    manage_cgroups: Manage,
+    /// Stop the tree by the freezer of this control group (its directory), of which the tree must be a part
+    #[arg(long, value_name = "DIR")]
+    freeze_cgroup: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Survey {
+    /// eBPF where that pays
+    Auto,
+    /// eBPF iterators
+    Ebpf,
+    /// /proc
+    Proc,
+}
+
+/// A number of bytes, with a unit of CRIU's behind it or none.
+fn size(text: &str) -> Result<u64, String> {
+    let (digits, unit) = match text.strip_suffix(['K', 'k', 'M', 'm', 'G', 'g']) {
+        Some(digits) => (digits, &text[digits.len()..]),
+        None => (text, ""),
+    };
+    let shift = match unit {
+        "K" | "k" => 10,
+        "M" | "m" => 20,
+        "G" | "g" => 30,
+        _ => 0,
+    };
+    let number: u64 = digits.parse().map_err(|e| format!("{e}; sizes look like 4096, 64K or 1M"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| "no file is that large".to_owned())
+}
+
+pub(super) fn run(args: DumpArgs) -> Outcome {
+    if !args.common.images_dir.exists() {
+        std::fs::DirBuilder::new().create(&args.common.images_dir).ok();
+    }
+    log::start(&args.common)?;
+    super::refuse_tcp_established(args.tcp_established)?;
+    let release = match (args.leave_running, args.leave_stopped) {
+        (true, _) => Release::Resume,
+        (_, true) => Release::Stop,
+        _ => Release::Kill,
+    };
+    let summary = dump::dump(&DumpOptions {
+        pid: Pid::from_raw(args.pid),
+        work_dir: args.common.work_dir(),
+        images_dir: args.common.images_dir,
+        release,
+        timeout: Duration::from_secs(args.timeout),
+        shell_job: args.shell_job,
+        ext_unix_sk: args.ext_unix_sk,
+        tcp_close: args.tcp_close,
+        manage_cgroups: args.manage_cgroups,
+        freeze_cgroup: args.freeze_cgroup,
+        survey: match args.survey {
+            Survey::Auto => Source::Auto,
+            Survey::Ebpf => Source::Ebpf,
+            Survey::Proc => Source::Proc,
+        },
+        external: args.external,
+        inherit: args.inherit_fd,
+        file_locks: args.file_locks,
+        link_remap: args.link_remap,
+        ghost_limit: args.ghost_limit,
+    })?;
+    if args.common.json {
+        println!("{}", serde_json::to_string(&summary)?);
+    } else if !args.common.quiet {
+        println!(
+            "dumped {} processes, {} threads, {} MiB; frozen for {:.1} ms, {:.1} ms in all",
+            summary.processes,
+            summary.threads,
+            (summary.pages_written * 4096) >> 20,
+            summary.frozen.as_secs_f64() * 1e3,
+            summary.total.as_secs_f64() * 1e3,
+        );
+    }
+    Ok(ExitCode::SUCCESS)
+}

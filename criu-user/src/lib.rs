@@ -1,0 +1,17 @@
+//! criu-ebpf: a checkpoint/restore engine for Linux.
+#![deny(unsafe_code)]
+
+#[expect(unsafe_code, reason = "the code that runs inside other processes")]
+pub mod agent;
+pub mod cli;
+pub mod dump;
+pub mod execute;
+pub mod explain;
+pub mod freeze;
+pub mod image;
+#[expect(unsafe_code, reason = "the room for raw system calls")]
+pub mod kernel;
+pub mod object;
+pub mod plan;
+pub mod restore;
+mod waiting;

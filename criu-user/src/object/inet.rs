@@ -1,0 +1,381 @@
+//! Internet sockets: TCP sockets that listen or are not connected, and UDP sockets.
+//!
+//! A TCP connection is given up where the user says so (`--tcp-close`): it comes back as a closed socket. What waits in
+//! a UDP socket is dropped, as the network might have done.
+
+use std::os::fd::OwnedFd;
+
+use nix::sys::stat::SFlag;
+
+use super::ObjectError;
+use super::file::{Capture, FileKind, Planner, Seen};
+use super::sockopt::{self, state};
+use crate::image::proto::{FdTypes, FileEntry, InetSkEntry, IpOptsEntry, TcpOptsEntry};
+use crate::kernel::{SysResult, fd, socket};
+use crate::plan::{Deed, FileRef, Opened, Opener, Stage};
+
+/// Internet sockets.
+#[derive(Debug)]
+pub struct Inet;
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// Options that are numbers, by their level and name, and their fields.
+type IpNumber = (i32, i32, fn(&mut IpOptsEntry) -> &mut Option<u32>);
+type IpSwitch = (i32, i32, fn(&mut IpOptsEntry) -> &mut Option<bool>);
+type TcpNumber = (i32, fn(&mut TcpOptsEntry) -> &mut Option<u32>);
+type TcpSwitch = (i32, fn(&mut TcpOptsEntry) -> &mut Option<bool>);
+
+const IPV6_FREEBIND: i32 = 78;
+const V4_SWITCHES: [IpSwitch; 2] =
+    [(libc::SOL_IP, libc::IP_FREEBIND, |o| &mut o.freebind), (libc::SOL_IP, libc::IP_PKTINFO, |o| &mut o.pktinfo)];
+const V6_SWITCHES: [IpSwitch; 2] = [
+    (libc::SOL_IPV6, IPV6_FREEBIND, |o| &mut o.freebind),
+    (libc::SOL_IPV6, libc::IPV6_RECVPKTINFO, |o| &mut o.pktinfo),
+];
+const V4_NUMBERS: [IpNumber; 2] =
+    [(libc::SOL_IP, libc::IP_TOS, |o| &mut o.tos), (libc::SOL_IP, libc::IP_TTL, |o| &mut o.ttl)];
+const V6_NUMBERS: [IpNumber; 2] = [
+    (libc::SOL_IPV6, libc::IPV6_TCLASS, |o| &mut o.traffic_class),
+    (libc::SOL_IPV6, libc::IPV6_UNICAST_HOPS, |o| &mut o.hops),
+];
+const TCP_SWITCHES: [TcpSwitch; 2] = [(libc::TCP_CORK, |o| &mut o.cork), (libc::TCP_NODELAY, |o| &mut o.nodelay)];
+const TCP_NUMBERS: [TcpNumber; 9] = [
+    (libc::TCP_KEEPCNT, |o| &mut o.keepcnt),
+    (libc::TCP_KEEPIDLE, |o| &mut o.keepidle),
+    (libc::TCP_KEEPINTVL, |o| &mut o.keepintvl),
+    (libc::TCP_DEFER_ACCEPT, |o| &mut o.defer_accept),
+    (libc::TCP_USER_TIMEOUT, |o| &mut o.user_timeout),
+    (libc::TCP_FASTOPEN, |o| &mut o.fastopen),
+    (libc::TCP_SYNCNT, |o| &mut o.syncnt),
+    (libc::TCP_NOTSENT_LOWAT, |o| &mut o.notsent_lowat),
+    (libc::TCP_LINGER2, |o| &mut o.linger2),
+];
+/// The longest name of a congestion control, TCP_CA_NAME_MAX of include/net/tcp.h.
+const CONGESTION: usize = 16;
+const IPPROTO_MPTCP: i32 = 262;
+
+fn is_tcp(protocol: u32) -> bool {
+    [libc::IPPROTO_TCP, IPPROTO_MPTCP].contains(&(protocol as i32))
+}
+
+fn is_connection(entry: &InetSkEntry) -> bool {
+    is_tcp(entry.proto) && ![state::LISTEN, state::CLOSE].contains(&entry.state)
+}
+
+impl FileKind for Inet {
+    fn types(&self) -> &'static [FdTypes] {
+        &[FdTypes::Inetsk]
+    }
+
+    fn is(&self, seen: &Seen) -> bool {
+        seen.file_type() == SFlag::S_IFSOCK
+            && sockopt::family(&seen.file).is_some_and(|f| [libc::AF_INET, libc::AF_INET6].contains(&f))
+    }
+
+    fn capture(&self, seen: &Seen, cx: &mut Capture<'_>) -> Result<FileEntry, ObjectError> {
+        let number = |name| socket::number(&seen.file, libc::SOL_SOCKET, name);
+        let mut entry = InetSkEntry {
+            id: seen.id,
+            ino: seen.stat.st_ino as u32,
+            family: number(libc::SO_DOMAIN)? as u32,
+            r#type: number(libc::SO_TYPE)? as u32,
+            proto: number(libc::SO_PROTOCOL)? as u32,
+            state: state::CLOSE,
+            flags: seen.flags,
+            fown: seen.fown()?,
+            opts: sockopt::capture(&seen.file)?,
+            ip_opts: Some(ip_options(seen)?),
+            ..InetSkEntry::default()
+        };
+        addresses(&seen.file, &mut entry)?;
+        match entry.r#type as i32 {
+            libc::SOCK_STREAM if is_tcp(entry.proto) => tcp(seen, cx, &mut entry)?,
+            libc::SOCK_DGRAM if [libc::IPPROTO_UDP, libc::IPPROTO_UDPLITE].contains(&(entry.proto as i32)) => {}
+            other => cx.refuse(seen.refuse(
+                format!("internet socket of type {other} and protocol {}", entry.proto),
+                "close it before the dump: TCP and UDP can be dumped",
+            )),
+        }
+        Ok(FileEntry { r#type: FdTypes::Inetsk as i32, id: entry.id, isk: Some(entry), ..FileEntry::default() })
+    }
+
+    fn plan(&self, entry: &FileEntry, cx: &mut Planner<'_>) -> Result<FileRef, ObjectError> {
+        let isk =
+            entry.isk.as_ref().ok_or_else(|| ObjectError::contradiction(format!("file {} is empty", entry.id)))?;
+        let words = if isk.family as i32 == libc::AF_INET6 { 4 } else { 1 };
+        if isk.src_addr.len() < words || isk.dst_addr.len() < words {
+            return Err(ObjectError::contradiction(format!("socket {} has no whole address", isk.ino)));
+        }
+        if is_connection(isk) && !cx.options.tcp_close {
+            return Err(ObjectError::Unsupported {
+                what: format!("socket {}, a TCP connection", isk.ino),
+                advice: "give --tcp-close to have it closed; --tcp-established is not supported yet",
+            });
+        }
+        let file = cx.plan.open(Make { entry: Box::new(isk.clone()) });
+        cx.plan.after(Stage::Groups, Reuse { file, address: isk.opts.reuseaddr(), flags: isk.flags });
+        Ok(file)
+    }
+}
+
+/// The state of a TCP socket, from TCP_INFO: it is right where sock_diag(7) does not list a socket at all.
+fn tcp(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry) -> Result<(), ObjectError> {
+    // struct tcp_info: the state is its first byte; of a listening socket the words at 24 and 28 are how many clients
+    // wait and how many may (tcp_get_info in net/ipv4/tcp.c).
+    const NEEDED: usize = 32;
+    let info = socket::option(&seen.file, libc::SOL_TCP, libc::TCP_INFO, NEEDED)?;
+    let word = |at: usize| info.get(at..at + 4).map_or(0, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+    entry.state = info.first().copied().unwrap_or(0).into();
+    entry.tcp_opts = Some(tcp_options(&seen.file)?);
+    if let Some(opts) = &entry.tcp_opts {
+        entry.opts.tcp_keepcnt = opts.keepcnt;
+        entry.opts.tcp_keepidle = opts.keepidle;
+        entry.opts.tcp_keepintvl = opts.keepintvl;
+    }
+    if entry.state == state::LISTEN {
+        entry.backlog = word(28);
+        if word(24) > 0 && !cx.options.tcp_close {
+            cx.refuse(seen.refuse(
+                format!("{} TCP client(s) wait to be accepted by the server on port {}", word(24), entry.src_port),
+                "dump when it has accepted them, or give --tcp-close to drop them",
+            ));
+        }
+    } else if is_connection(entry) && !cx.options.tcp_close {
+        let what =
+            format!("TCP connection between ports {} and {} (state {})", entry.src_port, entry.dst_port, entry.state);
+        cx.refuse(seen.refuse(
+            what,
+            "close it, or give --tcp-close to have it restored as a closed socket (--tcp-established, which keeps it, is not supported yet)",
+        ));
+    }
+    Ok(())
+}
+
+fn tcp_options(file: &OwnedFd) -> Result<TcpOptsEntry, ObjectError> {
+    let mut opts = TcpOptsEntry::default();
+    for (name, field) in TCP_SWITCHES {
+        *field(&mut opts) = sockopt::where_there(socket::number(file, libc::SOL_TCP, name))?.map(|v| v != 0);
+    }
+    for (name, field) in TCP_NUMBERS {
+        *field(&mut opts) = sockopt::where_there(socket::number(file, libc::SOL_TCP, name))?.map(|v| v as u32);
+    }
+    opts.congestion = sockopt::where_there(socket::option(file, libc::SOL_TCP, libc::TCP_CONGESTION, CONGESTION))?;
+    Ok(opts)
+}
+
+fn ip_options(seen: &Seen) -> Result<IpOptsEntry, ObjectError> {
+    let v6 = sockopt::family(&seen.file) == Some(libc::AF_INET6);
+    let mut opts = IpOptsEntry::default();
+    // An IPv6 socket may talk IPv4 as well, and then has both kinds.
+    for (level, name, field) in if v6 { V6_SWITCHES } else { V4_SWITCHES } {
+        let value = sockopt::where_there(socket::number(&seen.file, level, name))?;
+        *field(&mut opts) = value.filter(|&v| v != 0).map(|_| true);
+    }
+    let numbers = V4_NUMBERS.iter().chain(v6.then_some(&V6_NUMBERS).into_iter().flatten());
+    for &(level, name, field) in numbers {
+        *field(&mut opts) = sockopt::where_there(socket::number(&seen.file, level, name))?.map(|v| v as u32);
+    }
+    Ok(opts)
+}
+
+/// Both addresses, words as they stand in memory.
+fn addresses(file: &OwnedFd, entry: &mut InetSkEntry) -> Result<(), ObjectError> {
+    let own = socket::own_name(file)?;
+    let peer = socket::peer_name(file)?.unwrap_or_default();
+    let v6 = entry.family as i32 == libc::AF_INET6;
+    (entry.src_addr, entry.src_port) = split(&own, v6);
+    (entry.dst_addr, entry.dst_port) = split(&peer, v6);
+    if v6 {
+        entry.v6only = Some(socket::number(file, libc::SOL_IPV6, libc::IPV6_V6ONLY)? != 0);
+        // sockaddr_in6: family, port, flow, sixteen bytes of address, the interface.
+        let scope = own.get(24..28).map_or(0, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+        entry.ifname = interfaces().find(|(_, index)| scope != 0 && *index == scope).map(|(name, _)| name);
+    }
+    Ok(())
+}
+
+fn split(address: &[u8], v6: bool) -> (Vec<u32>, u32) {
+    let (start, len) = if v6 { (8, 16) } else { (4, 4) };
+    let mut bytes = address.get(start..start + len).unwrap_or_default().to_vec();
+    bytes.resize(len, 0);
+    let words = bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+    let port = address.get(2..4).map_or(0, |b| u16::from_be_bytes([b[0], b[1]]));
+    (words, port.into())
+}
+
+/// Names and numbers of network interfaces.
+fn interfaces() -> impl Iterator<Item = (Vec<u8>, u32)> {
+    let entries = std::fs::read_dir("/sys/class/net").into_iter().flatten().flatten();
+    entries.filter_map(|entry| {
+        let index = std::fs::read_to_string(entry.path().join("ifindex")).ok()?;
+        Some((entry.file_name().into_encoded_bytes(), index.trim().parse().ok()?))
+    })
+}
+
+/// `struct sockaddr_in` or `sockaddr_in6`.
+fn address(family: u32, words: &[u32], port: u32, scope: u32) -> Vec<u8> {
+    let mut bytes = (family as u16).to_le_bytes().to_vec();
+    bytes.extend_from_slice(&(port as u16).to_be_bytes());
+    if family as i32 == libc::AF_INET6 {
+        bytes.extend_from_slice(&[0; 4]);
+        bytes.extend(words.iter().take(4).flat_map(|w| w.to_le_bytes()));
+        bytes.extend_from_slice(&scope.to_le_bytes());
+    } else {
+        bytes.extend(words.iter().take(1).flat_map(|w| w.to_le_bytes()));
+        bytes.extend_from_slice(&[0; 8]);
+    }
+    bytes
+}
+
+/// Makes an internet socket.
+#[derive(Debug)]
+struct Make {
+    entry: Box<InetSkEntry>,
+}
+
+impl Opener for Make {
+    fn describe(&self) -> String {
+        let entry = &self.entry;
+        let what = match entry.state {
+            state::LISTEN => "listening on",
+            _ if is_connection(entry) => "closed, was on",
+            _ => "on",
+        };
+        let kind = if is_tcp(entry.proto) { "TCP" } else { "UDP" };
+        format!("a {kind} socket {what} port {}", entry.src_port)
+    }
+
+    fn open(&self, _: &Opened) -> Result<OwnedFd, Failure> {
+        let entry = &self.entry;
+        let made = socket::new(entry.family as i32, entry.r#type as i32, entry.proto as i32)?;
+        sockopt::restore(&made, &entry.opts)?;
+        self.options(&made)?;
+        if is_connection(entry) {
+            return Ok(made);
+        }
+        let scope = entry.ifname.as_ref().and_then(|name| interfaces().find(|(n, _)| n == name)).map_or(0, |(_, n)| n);
+        if entry.src_port != 0 {
+            socket::bind(&made, &address(entry.family, &entry.src_addr, entry.src_port, scope))?;
+        }
+        if entry.state == state::LISTEN {
+            socket::listen(&made, entry.backlog)?;
+        }
+        if entry.dst_port != 0 && !is_tcp(entry.proto) {
+            socket::connect(&made, &address(entry.family, &entry.dst_addr, entry.dst_port, scope))?;
+        }
+        if let Some(how) = sockopt::shutdown_how(entry.shutdown()).filter(|_| !is_tcp(entry.proto)) {
+            socket::shutdown(&made, how)?;
+        }
+        Ok(made)
+    }
+}
+
+impl Make {
+    /// What must be there before the socket is bound, and what may.
+    fn options(&self, made: &OwnedFd) -> SysResult<()> {
+        let entry = &self.entry;
+        let v6 = entry.family as i32 == libc::AF_INET6;
+        if let Some(v6only) = entry.v6only.filter(|_| v6) {
+            socket::set_number(made, libc::SOL_IPV6, libc::IPV6_V6ONLY, v6only.into())?;
+        }
+        // Connections of earlier days may linger on the port of a TCP socket; its own value comes later.
+        let reuse = is_tcp(entry.proto) || entry.opts.reuseaddr();
+        socket::set_number(made, libc::SOL_SOCKET, libc::SO_REUSEADDR, reuse.into())?;
+        if entry.opts.so_reuseport() {
+            socket::set_number(made, libc::SOL_SOCKET, libc::SO_REUSEPORT, 1)?;
+        }
+        if let Some(opts) = &entry.ip_opts {
+            ip_restore(made, opts.clone(), v6)?;
+        }
+        if is_tcp(entry.proto) {
+            let mut opts = entry.tcp_opts.clone().unwrap_or_default();
+            opts.keepcnt = opts.keepcnt.or(entry.opts.tcp_keepcnt);
+            opts.keepidle = opts.keepidle.or(entry.opts.tcp_keepidle);
+            opts.keepintvl = opts.keepintvl.or(entry.opts.tcp_keepintvl);
+            tcp_restore(made, opts)?;
+        }
+        Ok(())
+    }
+}
+
+/// Sets an option unless it is so already.
+fn ensure(made: &OwnedFd, level: i32, name: i32, value: i32) -> SysResult<()> {
+    match socket::number(made, level, name) {
+        Ok(now) if now == value => Ok(()),
+        _ => socket::set_number(made, level, name, value),
+    }
+}
+
+fn ip_restore(made: &OwnedFd, mut opts: IpOptsEntry, v6: bool) -> SysResult<()> {
+    for (level, name, field) in if v6 { V6_SWITCHES } else { V4_SWITCHES } {
+        if let Some(on) = *field(&mut opts) {
+            ensure(made, level, name, on.into())?;
+        }
+    }
+    for (level, name, field) in V4_NUMBERS.iter().chain(&V6_NUMBERS) {
+        if let Some(value) = *field(&mut opts) {
+            ensure(made, *level, *name, value as i32)?;
+        }
+    }
+    Ok(())
+}
+
+fn tcp_restore(made: &OwnedFd, mut opts: TcpOptsEntry) -> SysResult<()> {
+    for (name, field) in TCP_SWITCHES {
+        if let Some(on) = *field(&mut opts) {
+            ensure(made, libc::SOL_TCP, name, on.into())?;
+        }
+    }
+    for (name, field) in TCP_NUMBERS {
+        if let Some(value) = *field(&mut opts) {
+            ensure(made, libc::SOL_TCP, name, value as i32)?;
+        }
+    }
+    if let Some(name) = &opts.congestion
+        && socket::option(made, libc::SOL_TCP, libc::TCP_CONGESTION, CONGESTION)? != *name
+    {
+        socket::set_option(made, libc::SOL_TCP, libc::TCP_CONGESTION, name)?;
+    }
+    Ok(())
+}
+
+/// Sets what had to be otherwise while sockets of one port were bound one after the other.
+#[derive(Debug)]
+struct Reuse {
+    file: FileRef,
+    address: bool,
+    flags: u32,
+}
+
+impl Deed for Reuse {
+    fn describe(&self) -> String {
+        format!("SO_REUSEADDR {} and flags {:#o} of {:?}", self.address, self.flags, self.file)
+    }
+
+    fn run(&self, opened: &Opened) -> Result<(), Failure> {
+        let Some(file) = opened.get(self.file) else { return Err("the socket is not open".into()) };
+        ensure(file, libc::SOL_SOCKET, libc::SO_REUSEADDR, self.address.into())?;
+        Ok(fd::set_flags(file, self.flags as i32)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_come_back() {
+        for (family, words, v6) in [(libc::AF_INET, vec![0x0100_007f], false), (libc::AF_INET6, vec![1, 2, 3, 4], true)]
+        {
+            let bytes = address(family as u32, &words, 8080, 0);
+            assert_eq!(split(&bytes, v6), (words, 8080));
+        }
+    }
+
+    #[test]
+    fn no_address_is_all_zeros() {
+        assert_eq!(split(&[], false), (vec![0], 0));
+        assert_eq!(split(&[10, 0, 1], true), (vec![0; 4], 0));
+    }
+}

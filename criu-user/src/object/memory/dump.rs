@@ -1,0 +1,192 @@
+//! Writing the private memory of a process.
+
+use nix::errno::Errno;
+
+use crate::agent::{Batch, Guest};
+use crate::image::proto::VmaEntry;
+use crate::image::{ImageKind, PageRange, PagesWriter, VmaStatus};
+use crate::kernel::mem::ProcessMemory;
+use crate::kernel::pagemap::{PageKind, PageMap, Query, Region};
+use crate::kernel::survey::{PAGE, VmFlags, Vma};
+
+use super::super::ObjectError;
+use super::super::file::Capture;
+use super::super::signals::inside;
+use super::area::is_private;
+
+/// I/O vectors that one call takes: IOV_MAX.
+pub(super) const IOVECS: usize = 1024;
+/// Bytes that one call moves: the kernel stops at MAX_RW_COUNT, a page below 2 GiB.
+pub(super) const CALL_BYTES: u64 = 1 << 30;
+
+/// What a dump of memory came to.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Pages {
+    /// Pages looked at.
+    pub scanned: u64,
+    /// Pages written.
+    pub written: u64,
+}
+
+/// Pages that hold what nothing else does: in memory or swapped out, not the file's own, not the zero page. Pages that
+/// madvise(2) guards come along and are told apart.
+const OWN_PAGES: Query = Query {
+    all: PageKind::FILE.union(PageKind::PFN_ZERO),
+    any: PageKind::PRESENT.union(PageKind::SWAPPED).union(PageKind::GUARD),
+    inverted: PageKind::FILE.union(PageKind::PFN_ZERO),
+    report: PageKind::GUARD,
+};
+
+/// Writes the private memory of a process. Guarded pages are no content: they are entered in `guards`, in the way of
+/// the format.
+pub fn dump_private(
+    cx: &Capture<'_>,
+    guest: &mut Guest<'_>,
+    memory: &ProcessMemory,
+    vmas: &[Vma],
+    pages_id: u32,
+    guards: &mut Vec<VmaEntry>,
+) -> Result<Pages, ObjectError> {
+    let pid = guest.pid();
+    let mut map = PageMap::open(pid)?;
+    let image = PagesWriter::create(cx.dir, ImageKind::Pagemap.id(pid.as_raw() as u64), pages_id)?;
+    let mut scanned = 0;
+    let by_itself = can_write_itself(pid.as_raw());
+    let mut copy = Copy { image, guest, memory, lent: None, waiting: Vec::new() };
+    for vma in vmas {
+        if vma.special() == Some("[vdso]") {
+            // With it a restore can tell whether its kernel's vDSO is the same.
+            copy.write_from_outside(Region { start: vma.start, end: vma.end, categories: 0 })?;
+            continue;
+        }
+        if !is_private(vma) || vma.flags.intersects(VmFlags::PFNMAP | VmFlags::IO | VmFlags::HUGETLB) {
+            continue;
+        }
+        scanned += vma.len() / PAGE;
+        let mut regions = Vec::new();
+        map.scan(vma.start, vma.end, OWN_PAGES, &mut regions)?;
+        regions.retain(|region| {
+            let guarded = region.categories & PageKind::GUARD.bits() != 0;
+            if guarded {
+                guards.push(guard(region));
+            }
+            !guarded
+        });
+        if by_itself && vma.flags.contains(VmFlags::READ) && !copy.guest.stands_in(vma.start, vma.end) {
+            copy.waiting.extend(regions);
+        } else {
+            for region in regions {
+                copy.write_from_outside(region)?;
+            }
+        }
+    }
+    let written = copy.finish()?;
+    Ok(Pages { scanned, written })
+}
+
+fn guard(region: &Region) -> VmaEntry {
+    VmaEntry {
+        start: region.start,
+        end: region.end,
+        status: VmaStatus::GUARD.bits(),
+        flags: (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u32,
+        fd: -1,
+        ..VmaEntry::default()
+    }
+}
+
+/// A process with a limit on file sizes would be killed by SIGXFSZ for our writing.
+fn can_write_itself(pid: i32) -> bool {
+    crate::kernel::proc::read_text(&format!("/proc/{pid}/limits"))
+        .is_ok_and(|text| text.lines().any(|l| l.starts_with("Max file size") && l.contains("unlimited")))
+}
+
+/// Pages on their way into the image.
+struct Copy<'g, 'm> {
+    image: PagesWriter,
+    guest: &'g mut Guest<'m>,
+    memory: &'g ProcessMemory,
+    /// The pages file's number in the process, once it has it.
+    lent: Option<i32>,
+    /// What the process is to write itself, collected so that one call serves many regions.
+    waiting: Vec<Region>,
+}
+
+impl Copy<'_, '_> {
+    /// The place for a region in the image.
+    fn place(&mut self, start: u64, len: u64) -> Result<u64, ObjectError> {
+        let range = PageRange::new(start, start + len)
+            .ok_or_else(|| ObjectError::contradiction(format!("pages {start:#x}, {len} bytes")))?;
+        Ok(self.image.append(range)?)
+    }
+
+    /// Writes what the process cannot read, or must not show as it is: the agent stands in it just now.
+    fn write_from_outside(&mut self, region: Region) -> Result<(), ObjectError> {
+        /// Bytes that are copied at once.
+        const PIECE: u64 = 4 << 20;
+        self.write_from_inside()?;
+        let mut start = region.start;
+        while start < region.end {
+            let len = (region.end - start).min(PIECE);
+            let mut bytes = self.memory.read(start, len as usize)?;
+            self.guest.hide(start, &mut bytes);
+            let offset = self.place(start, len)?;
+            crate::kernel::fd::write_all_at(self.image.pages(), &bytes, offset)?;
+            start += len;
+        }
+        Ok(())
+    }
+
+    /// Has the process write all that waits.
+    fn write_from_inside(&mut self) -> Result<(), ObjectError> {
+        let mut vector: Vec<(u64, u64)> = Vec::new();
+        let mut bytes = 0;
+        for region in std::mem::take(&mut self.waiting) {
+            let mut start = region.start;
+            while start < region.end {
+                let len = (region.end - start).min(CALL_BYTES - bytes);
+                vector.push((start, len));
+                bytes += len;
+                start += len;
+                if vector.len() == IOVECS || bytes == CALL_BYTES {
+                    self.write_vector(&vector, bytes)?;
+                    vector.clear();
+                    bytes = 0;
+                }
+            }
+        }
+        if vector.is_empty() { Ok(()) } else { self.write_vector(&vector, bytes) }
+    }
+
+    fn write_vector(&mut self, vector: &[(u64, u64)], bytes: u64) -> Result<(), ObjectError> {
+        let offset = self.image.end();
+        for &(start, len) in vector {
+            self.place(start, len)?;
+        }
+        let fd = match self.lent {
+            Some(fd) => fd,
+            None => *self.lent.insert(self.guest.lend(self.image.pages())?),
+        };
+        let mut batch = Batch::new();
+        let iov: Vec<u8> = vector.iter().flat_map(|(start, len)| [*start, *len]).flat_map(u64::to_le_bytes).collect();
+        let iov = batch.bytes(&iov);
+        let write =
+            batch.call(libc::SYS_pwritev, &[fd.into(), iov.into(), vector.len().into(), offset.into(), 0u64.into()]);
+        let outcome = self.guest.run(&batch)?;
+        let failed = inside(self.guest.pid().as_raw(), "pwritev", "its memory into the image");
+        match outcome.ret(write) {
+            Ok(written) if written == bytes => Ok(()),
+            // The kernel wrote a part before it met the obstacle: no room, mostly.
+            Ok(_) => Err(failed(Errno::ENOSPC)),
+            Err(errno) => Err(failed(errno)),
+        }
+    }
+
+    fn finish(mut self) -> Result<u64, ObjectError> {
+        self.write_from_inside()?;
+        if let Some(fd) = self.lent.take() {
+            self.guest.take_back(fd)?;
+        }
+        Ok(self.image.finish()?.present)
+    }
+}

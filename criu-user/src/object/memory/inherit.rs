@@ -1,0 +1,146 @@
+//! What a process has from the one that forks it: areas that both have need not be made again, and pages that are equal
+//! in both are left alone, so that parent and child share them as they did.
+
+use std::collections::{BTreeMap, HashMap};
+use std::os::unix::fs::FileExt;
+
+use crate::image::proto::VmaEntry;
+use crate::image::{FoundRun, PageMap, PageRange, VmaStatus};
+use crate::kernel::SysError;
+use crate::kernel::survey::PAGE;
+use crate::plan::{Stage, TaskRef};
+
+use super::super::ObjectError;
+use super::super::file::Planner;
+use super::plan::{Space, split};
+
+/// Address spaces that have been planned, by pid.
+#[derive(Debug, Default)]
+pub struct Spaces(pub HashMap<i32, Space>);
+
+/// What becomes of an area that a task was born with.
+#[derive(Debug, Default)]
+pub struct Inherited {
+    /// Pages that the parent does not have, or has with other content.
+    pub different: Vec<FoundRun>,
+    /// Ranges of pages that only the parent has.
+    pub dropped: Vec<(u64, u64)>,
+}
+
+/// Advice under which an area does not survive a fork as it is.
+const NOT_INHERITED: u64 = 1 << libc::MADV_DONTFORK | 1 << libc::MADV_WIPEONFORK;
+
+/// The areas of a task that it is born with, by their start.
+pub fn of(cx: &mut Planner<'_>, task: TaskRef, space: &Space) -> Result<BTreeMap<u64, Inherited>, ObjectError> {
+    let mut kept = BTreeMap::new();
+    let creator = cx.plan.tasks.iter().find(|t| t.stage(Stage::Tree).iter().any(|c| c.creates == Some(task)));
+    let Some(parent) = creator.map(|t| t.pid.as_raw()) else { return Ok(kept) };
+    let spaces = cx.shelf.take::<Spaces>();
+    if let Some(theirs) = spaces.0.get(&parent) {
+        let by_start: HashMap<u64, &(VmaEntry, Vec<FoundRun>)> = theirs.areas.iter().map(|a| (a.0.start, a)).collect();
+        for (vma, runs) in &space.areas {
+            if let Some((other, other_runs)) = by_start.get(&vma.start)
+                && is_same(vma, other)
+                && !touches(&theirs.guards, vma)
+            {
+                let found = compare((runs, &space.pages), (other_runs, &theirs.pages))?;
+                kept.insert(vma.start, found);
+            }
+        }
+    }
+    *cx.shelf.get::<Spaces>() = spaces;
+    Ok(kept)
+}
+
+/// Whether a fork gives the child this very area.
+fn is_same(vma: &VmaEntry, other: &VmaEntry) -> bool {
+    let kernels = (VmaStatus::VDSO | VmaStatus::VVAR | VmaStatus::VSYSCALL).bits();
+    let identity = |v: &VmaEntry| (v.end, v.pgoff, v.shmid, v.prot, v.flags & !(libc::MAP_LOCKED as u32), v.status);
+    identity(vma) == identity(other)
+        && vma.madv.unwrap_or(0) == other.madv.unwrap_or(0)
+        && vma.madv.unwrap_or(0) & NOT_INHERITED == 0
+        && vma.status & kernels == 0
+}
+
+fn touches(guards: &[VmaEntry], vma: &VmaEntry) -> bool {
+    guards.iter().any(|guard| guard.start < vma.end && vma.start < guard.end)
+}
+
+/// Compares the pages of an area in two images, run by run; both lists are ascending.
+fn compare(mine: (&[FoundRun], &PageMap), theirs: (&[FoundRun], &PageMap)) -> Result<Inherited, ObjectError> {
+    let mut out = Inherited::default();
+    let mut others = theirs.0.iter().copied();
+    let mut other = others.next();
+    for &run in mine.0 {
+        let mut rest = Some(run);
+        while let Some(now) = rest {
+            // Theirs that end before mine begins.
+            while let Some(o) = other.filter(|o| o.range.start() < now.range.start()) {
+                let (before, after) = split(o, now.range.start());
+                out.dropped.push((before.range.start(), before.range.end()));
+                other = after.or_else(|| others.next());
+            }
+            let Some(o) = other.filter(|o| o.range.start() < now.range.end()) else {
+                out.different.push(now);
+                break;
+            };
+            // Mine that begins before theirs.
+            if o.range.start() > now.range.start() {
+                let (before, after) = split(now, o.range.start());
+                out.different.push(before);
+                rest = after;
+                continue;
+            }
+            let end = now.range.end().min(o.range.end());
+            let (both, after) = split(now, end);
+            let (both_theirs, after_theirs) = split(o, end);
+            compare_content((both, mine.1), (both_theirs, theirs.1), &mut out.different)?;
+            rest = after;
+            other = after_theirs.or_else(|| others.next());
+        }
+    }
+    while let Some(o) = other {
+        out.dropped.push((o.range.start(), o.range.end()));
+        other = others.next();
+    }
+    Ok(out)
+}
+
+/// Adds the pages of the same addresses whose content differs.
+fn compare_content(
+    mine: (FoundRun, &PageMap),
+    theirs: (FoundRun, &PageMap),
+    different: &mut Vec<FoundRun>,
+) -> Result<(), ObjectError> {
+    /// Bytes compared at once.
+    const PIECE: u64 = 1 << 20;
+    let (start, end) = (mine.0.range.start(), mine.0.range.end());
+    let (mut a, mut b) = (Vec::new(), Vec::new());
+    let mut at = start;
+    while at < end {
+        let len = (end - at).min(PIECE);
+        read(mine, at - start, len, &mut a)?;
+        read(theirs, at - start, len, &mut b)?;
+        if a != b {
+            for (n, (x, y)) in a.chunks(PAGE as usize).zip(b.chunks(PAGE as usize)).enumerate() {
+                let page = at + n as u64 * PAGE;
+                if x != y
+                    && let Some(range) = PageRange::new(page, page + PAGE)
+                {
+                    different.push(FoundRun { range, dump: mine.0.dump, offset: mine.0.offset + (page - start) });
+                }
+            }
+        }
+        at += len;
+    }
+    Ok(())
+}
+
+fn read(run: (FoundRun, &PageMap), skip: u64, len: u64, into: &mut Vec<u8>) -> Result<(), ObjectError> {
+    let (file, path) = run
+        .1
+        .pages(run.0.dump)
+        .ok_or_else(|| ObjectError::contradiction(format!("no dump {} in the chain", run.0.dump)))?;
+    into.resize(len as usize, 0);
+    file.read_exact_at(into, run.0.offset + skip).map_err(|e| SysError::io("pread", path.display(), &e).into())
+}

@@ -1,0 +1,159 @@
+//! What sockets of all families have in common: their options (socket(7)), and how images number their states.
+
+use std::os::fd::AsFd;
+
+use super::ObjectError;
+use crate::image::proto::{SkOptsEntry, SkShutdown};
+use crate::kernel::socket::{attach_filter, filter, number, option, set_number, set_option};
+use crate::kernel::{SysError, SysResult};
+
+/// States of sockets, of whatever family, as the kernel and images number them (include/net/tcp_states.h).
+pub mod state {
+    /// Connected.
+    pub const ESTABLISHED: u32 = 1;
+    /// Nothing yet, or nothing any more.
+    pub const CLOSE: u32 = 7;
+    /// Listening.
+    pub const LISTEN: u32 = 10;
+}
+
+const SOL: i32 = libc::SOL_SOCKET;
+/// Options that libc does not have: include/uapi/asm-generic/socket.h.
+const SO_BUF_LOCK: i32 = 72;
+const SO_PASSPIDFD: i32 = 76;
+const BUF_LOCK_MASK: u32 = 3;
+
+/// Options that are on or off, and their fields. Which of them there are depends on the family.
+type Switch = (i32, fn(&mut SkOptsEntry) -> &mut Option<bool>);
+const SWITCHES: [Switch; 7] = [
+    (libc::SO_PASSCRED, |o| &mut o.so_passcred),
+    (libc::SO_PASSSEC, |o| &mut o.so_passsec),
+    (libc::SO_DONTROUTE, |o| &mut o.so_dontroute),
+    (libc::SO_NO_CHECK, |o| &mut o.so_no_check),
+    (libc::SO_BROADCAST, |o| &mut o.so_broadcast),
+    (libc::SO_KEEPALIVE, |o| &mut o.so_keepalive),
+    (SO_PASSPIDFD, |o| &mut o.so_passpidfd),
+];
+
+/// Options that are numbers, and their fields.
+type Number = (i32, fn(&mut SkOptsEntry) -> &mut Option<u32>);
+const NUMBERS: [Number; 4] = [
+    (libc::SO_PRIORITY, |o| &mut o.so_priority),
+    (libc::SO_RCVLOWAT, |o| &mut o.so_rcvlowat),
+    (libc::SO_MARK, |o| &mut o.so_mark),
+    (libc::SO_OOBINLINE, |o| &mut o.so_oobinline),
+];
+
+/// Reads the options of a socket.
+pub fn capture(fd: impl AsFd) -> Result<SkOptsEntry, ObjectError> {
+    let fd = fd.as_fd();
+    let mut opts = SkOptsEntry {
+        so_sndbuf: number(fd, SOL, libc::SO_SNDBUF)? as u32,
+        so_rcvbuf: number(fd, SOL, libc::SO_RCVBUF)? as u32,
+        // Since Linux 5.14.
+        so_buf_lock: number(fd, SOL, SO_BUF_LOCK).ok().map(|v| v as u32),
+        reuseaddr: Some(number(fd, SOL, libc::SO_REUSEADDR)? != 0),
+        so_reuseport: Some(number(fd, SOL, libc::SO_REUSEPORT)? != 0),
+        ..SkOptsEntry::default()
+    };
+    (opts.so_snd_tmo_sec, opts.so_snd_tmo_usec) = two_words(&option(fd, SOL, libc::SO_SNDTIMEO, 16)?);
+    (opts.so_rcv_tmo_sec, opts.so_rcv_tmo_usec) = two_words(&option(fd, SOL, libc::SO_RCVTIMEO, 16)?);
+    for (name, field) in SWITCHES {
+        *field(&mut opts) = where_there(number(fd, SOL, name))?.map(|v| v != 0);
+    }
+    for (name, field) in NUMBERS {
+        *field(&mut opts) = where_there(number(fd, SOL, name))?.map(|v| v as u32);
+    }
+    let linger = option(fd, SOL, libc::SO_LINGER, 8)?;
+    opts.so_linger = (linger.first() == Some(&1)).then(|| word(&linger, 4));
+    opts.so_peek_off = where_there(number(fd, SOL, libc::SO_PEEK_OFF))?.and_then(|v| u32::try_from(v).ok());
+    let device = where_there(option(fd, SOL, libc::SO_BINDTODEVICE, libc::IFNAMSIZ))?.unwrap_or_default();
+    opts.so_bound_dev = (!device.is_empty()).then_some(device);
+    opts.so_filter = filter(fd)?;
+    Ok(opts)
+}
+
+/// Options of other families are refused with these.
+pub fn where_there<T>(value: SysResult<T>) -> Result<Option<T>, SysError> {
+    use nix::errno::Errno;
+    match value {
+        Ok(value) => Ok(Some(value)),
+        Err(err) if [Errno::EOPNOTSUPP, Errno::ENOPROTOOPT].contains(&err.errno) => Ok(None),
+        Err(err) => Err(err),
+    }
+}
+
+fn word(bytes: &[u8], at: usize) -> u32 {
+    bytes.get(at..at + 4).map_or(0, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+}
+
+fn two_words(bytes: &[u8]) -> (u64, u64) {
+    let long = |at| u64::from(word(bytes, at)) | u64::from(word(bytes, at + 4)) << 32;
+    (long(0), long(8))
+}
+
+/// Gives a socket its options, but for SO_REUSEADDR and SO_REUSEPORT, whose time is another. The queues must be full by
+/// then: buffers may be smaller than what is in them.
+pub fn restore(fd: impl AsFd, opts: &SkOptsEntry) -> SysResult<()> {
+    let fd = fd.as_fd();
+    let mut opts = opts.clone();
+    // The kernel doubles what it is given.
+    set_number(fd, SOL, libc::SO_SNDBUFFORCE, (opts.so_sndbuf / 2) as i32)?;
+    set_number(fd, SOL, libc::SO_RCVBUFFORCE, (opts.so_rcvbuf / 2) as i32)?;
+    if let Some(locks) = opts.so_buf_lock {
+        set_number(fd, SOL, SO_BUF_LOCK, (locks & BUF_LOCK_MASK) as i32)?;
+    }
+    let timeout = |sec: u64, usec: u64| [sec.to_le_bytes(), usec.to_le_bytes()].concat();
+    set_option(fd, SOL, libc::SO_SNDTIMEO, &timeout(opts.so_snd_tmo_sec, opts.so_snd_tmo_usec))?;
+    set_option(fd, SOL, libc::SO_RCVTIMEO, &timeout(opts.so_rcv_tmo_sec, opts.so_rcv_tmo_usec))?;
+    for (name, field) in SWITCHES {
+        match *field(&mut opts) {
+            Some(true) => set_number(fd, SOL, name, 1)?,
+            // Off already, unless it was inherited from a listening socket.
+            Some(false) if where_there(number(fd, SOL, name))?.is_some_and(|v| v != 0) => {
+                set_number(fd, SOL, name, 0)?;
+            }
+            _ => {}
+        }
+    }
+    for (name, field) in NUMBERS {
+        if let Some(value) = *field(&mut opts)
+            && where_there(number(fd, SOL, name))?.is_some_and(|now| now as u32 != value)
+        {
+            set_number(fd, SOL, name, value as i32)?;
+        }
+    }
+    if let Some(seconds) = opts.so_linger {
+        set_option(fd, SOL, libc::SO_LINGER, &[1i32.to_le_bytes(), seconds.to_le_bytes()].concat())?;
+    }
+    if let Some(offset) = opts.so_peek_off {
+        set_number(fd, SOL, libc::SO_PEEK_OFF, offset as i32)?;
+    }
+    if let Some(device) = &opts.so_bound_dev {
+        set_option(fd, SOL, libc::SO_BINDTODEVICE, device)?;
+    }
+    if !opts.so_filter.is_empty() {
+        attach_filter(fd, &opts.so_filter)?;
+    }
+    Ok(())
+}
+
+/// The halves that are shut down, RCV_SHUTDOWN (1) and SEND_SHUTDOWN (2), as images have them.
+pub fn shutdown_of(bits: u8) -> Option<i32> {
+    (bits != 0).then_some(i32::from(bits & 3))
+}
+
+/// The argument of shutdown(2) for what an image says.
+pub fn shutdown_how(shutdown: SkShutdown) -> Option<i32> {
+    match shutdown {
+        SkShutdown::None => None,
+        SkShutdown::Read => Some(libc::SHUT_RD),
+        SkShutdown::Write => Some(libc::SHUT_WR),
+        SkShutdown::Both => Some(libc::SHUT_RDWR),
+    }
+}
+
+/// The family of a socket.
+pub fn family(fd: impl AsFd) -> Option<i32> {
+    number(fd, SOL, libc::SO_DOMAIN).ok()
+}

@@ -1,0 +1,177 @@
+//! Timers of a process: the three interval timers and the POSIX timers.
+
+use std::collections::BTreeMap;
+
+use nix::unistd::Pid;
+
+use super::ObjectError;
+use super::signals::inside;
+use crate::agent::{Batch, CallId, Outcome, Room};
+use crate::call;
+use crate::image::proto::{ItimerEntry, PosixTimerEntry, TaskTimersEntry};
+use crate::kernel::proc;
+use crate::plan::{Arg, Plan, Stage, TaskRef};
+
+/// `struct itimerval` and `struct itimerspec`.
+const TIMER: usize = 32;
+/// How a POSIX timer's identity is written in /proc/PID/timers.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Declared {
+    id: u32,
+    signal: u32,
+    value: u64,
+    notify: u32,
+    thread: i32,
+    clock: i32,
+}
+
+/// The timers, while they are asked for.
+#[derive(Debug)]
+pub struct Timers {
+    interval: [(CallId, Room); 3],
+    posix: Vec<(Declared, CallId, Room, CallId)>,
+}
+
+/// SIGEV_* kinds as /proc/PID/timers names them (fs/proc/base.c, `show_timer`).
+const NOTIFY: [(&str, u32); 3] = [("signal", 0), ("none", 1), ("thread", 2)];
+const SIGEV_THREAD_ID: u32 = 4;
+
+fn declared(pid: Pid) -> Result<Vec<Declared>, ObjectError> {
+    let path = format!("/proc/{pid}/timers");
+    let text = proc::read_text(&path)?;
+    let malformed = || ObjectError::contradiction(format!("{path} is not understood: {text}"));
+    let mut timers: Vec<Declared> = Vec::new();
+    for line in text.lines() {
+        let (key, value) = line.split_once(':').ok_or_else(malformed)?;
+        let value = value.trim();
+        if key == "ID" {
+            timers.push(Declared { id: value.parse().map_err(|_| malformed())?, ..Declared::default() });
+            continue;
+        }
+        let timer = timers.last_mut().ok_or_else(malformed)?;
+        match key {
+            "signal" => {
+                let (signal, pointer) = value.split_once('/').ok_or_else(malformed)?;
+                timer.signal = signal.parse().map_err(|_| malformed())?;
+                timer.value = u64::from_str_radix(pointer.trim_start_matches("0x"), 16).map_err(|_| malformed())?;
+            }
+            "notify" => {
+                let (how, whom) = value.split_once('/').ok_or_else(malformed)?;
+                timer.notify = NOTIFY.iter().find(|(name, _)| *name == how).map(|(_, n)| *n).ok_or_else(malformed)?;
+                if let Some(tid) = whom.strip_prefix("tid.") {
+                    timer.notify |= SIGEV_THREAD_ID;
+                    timer.thread = tid.parse().map_err(|_| malformed())?;
+                }
+            }
+            "ClockID" => timer.clock = value.parse().map_err(|_| malformed())?,
+            _ => {}
+        }
+    }
+    Ok(timers)
+}
+
+impl Timers {
+    /// Asks for all of them.
+    pub fn ask(pid: Pid, batch: &mut Batch) -> Result<Self, ObjectError> {
+        let interval = [libc::ITIMER_REAL, libc::ITIMER_VIRTUAL, libc::ITIMER_PROF].map(|which| {
+            let room = batch.room(TIMER);
+            (batch.call(libc::SYS_getitimer, &[(which as u64).into(), room.into()]), room)
+        });
+        let posix = declared(pid)?
+            .into_iter()
+            .map(|timer| {
+                let room = batch.room(TIMER);
+                let overrun = batch.call(libc::SYS_timer_getoverrun, &[timer.id.into()]);
+                let get = batch.call(libc::SYS_timer_gettime, &[timer.id.into(), room.into()]);
+                (timer, get, room, overrun)
+            })
+            .collect();
+        Ok(Self { interval, posix })
+    }
+
+    /// The answers.
+    pub fn answer(&self, pid: i32, outcome: &Outcome) -> Result<TaskTimersEntry, ObjectError> {
+        let mut interval = Vec::with_capacity(3);
+        for (call, room) in self.interval {
+            outcome.ret(call).map_err(inside(pid, "getitimer", "an interval timer"))?;
+            let word = |i: usize| outcome.u64(room, 8 * i);
+            interval.push(ItimerEntry { isec: word(0), iusec: word(1), vsec: word(2), vusec: word(3) });
+        }
+        let mut posix = Vec::with_capacity(self.posix.len());
+        for (timer, get, room, overrun) in &self.posix {
+            outcome.ret(*get).map_err(inside(pid, "timer_gettime", "a POSIX timer"))?;
+            let overrun = outcome.ret(*overrun).map_err(inside(pid, "timer_getoverrun", "a POSIX timer"))?;
+            let word = |i: usize| outcome.u64(*room, 8 * i);
+            posix.push(PosixTimerEntry {
+                it_id: timer.id,
+                clock_id: timer.clock as u32,
+                si_signo: timer.signal,
+                it_sigev_notify: timer.notify,
+                sival_ptr: timer.value,
+                notify_thread_id: (timer.notify & SIGEV_THREAD_ID != 0).then_some(timer.thread),
+                overrun: overrun as u32,
+                isec: word(0),
+                insec: word(1),
+                vsec: word(2),
+                vnsec: word(3),
+            });
+        }
+        let [real, virt, prof] = <[ItimerEntry; 3]>::try_from(interval).unwrap_or_default();
+        Ok(TaskTimersEntry { real, virt, prof, posix })
+    }
+}
+
+fn itimer(entry: &ItimerEntry) -> Vec<u8> {
+    [entry.isec, entry.iusec, entry.vsec, entry.vusec].iter().flat_map(|w| w.to_le_bytes()).collect()
+}
+
+/// Plans the timers of a process.
+pub fn plan(plan: &mut Plan, task: TaskRef, timers: &TaskTimersEntry) -> Result<(), ObjectError> {
+    for (which, entry) in
+        [(libc::ITIMER_REAL, &timers.real), (libc::ITIMER_VIRTUAL, &timers.virt), (libc::ITIMER_PROF, &timers.prof)]
+    {
+        if entry.vsec != 0 || entry.vusec != 0 {
+            let why = format!("interval timer {which}");
+            plan.push(task, Stage::Timers, call!(SYS_setitimer(which, itimer(entry), 0u64), why));
+        }
+    }
+    let mut posix: BTreeMap<u32, &PosixTimerEntry> = BTreeMap::new();
+    for timer in &timers.posix {
+        if posix.insert(timer.it_id, timer).is_some() {
+            return Err(ObjectError::contradiction(format!("two POSIX timers with id {}", timer.it_id)));
+        }
+    }
+    if !posix.is_empty() {
+        plan_posix(plan, task, &posix);
+    }
+    Ok(())
+}
+
+/// PR_TIMER_CREATE_RESTORE_IDS of prctl(2), Linux 6.15: timer_create(2) takes the id that it finds in its result.
+const RESTORE_IDS: u32 = 77;
+
+/// Timer ids are given out in order. Newer kernels let a restore ask for one; for older ones the ids in between would
+/// have to be created and deleted, which the same sequence does where the first call fails.
+fn plan_posix(plan: &mut Plan, task: TaskRef, timers: &BTreeMap<u32, &PosixTimerEntry>) {
+    plan.push(task, Stage::Timers, call!(SYS_prctl(RESTORE_IDS, 1u64, 0u64, 0u64, 0u64), "choose timer ids"));
+    for timer in timers.values() {
+        // struct sigevent: value, signal, notify, thread.
+        let mut event = vec![0u8; 64];
+        event[0..8].copy_from_slice(&timer.sival_ptr.to_le_bytes());
+        event[8..12].copy_from_slice(&timer.si_signo.to_le_bytes());
+        event[12..16].copy_from_slice(&timer.it_sigev_notify.to_le_bytes());
+        event[16..20].copy_from_slice(&timer.notify_thread_id.unwrap_or(0).to_le_bytes());
+        let id = timer.it_id.to_le_bytes().to_vec();
+        let clock = timer.clock_id as i32 as i64;
+        let why = format!("POSIX timer {}", timer.it_id);
+        plan.push(task, Stage::Timers, call!(SYS_timer_create(clock, event, id), why));
+        let spec: Vec<u8> =
+            [timer.isec, timer.insec, timer.vsec, timer.vnsec].iter().flat_map(|w| w.to_le_bytes()).collect();
+        if timer.vsec != 0 || timer.vnsec != 0 {
+            let why = format!("what remained of POSIX timer {}", timer.it_id);
+            let arm = call!(SYS_timer_settime(timer.it_id, 0u64, Arg::Bytes(spec), 0u64), why);
+            plan.push(task, Stage::Timers, arm);
+        }
+    }
+    plan.push(task, Stage::Timers, call!(SYS_prctl(RESTORE_IDS, 0u64, 0u64, 0u64, 0u64), "timer ids as usual again"));
+}
