@@ -1,0 +1,23 @@
+//! `cargo xtask test`: the unit tests, then the end-to-end tests on real programs.
+
+use anyhow::Result;
+
+use crate::process::{cargo, engine, run as run_command};
+
+/// One line for the list of tasks.
+pub const ABOUT: &str = "unit tests, then end-to-end tests (as root); arguments go to the latter's runner";
+
+/// Builds the release engine first: the end-to-end tests drive that binary.
+pub fn run(args: &[String]) -> Result<()> {
+    crate::build::run(&[])?;
+    // Images are exchanged with CRIU, both ways.
+    crate::peer::ensure_peer()?;
+    run_command(cargo().arg("test"))?;
+    // Those that are left out where there is no root, or no eBPF.
+    run_command(cargo().args(["test", "--package", "criu-user", "--test", "ebpf_survey", "--", "--ignored"]))?;
+    // Two at a time: they measure times and fill memory. Last, so that the runner's summary ends the output; `--tests`
+    // because an empty run of documentation tests would end it otherwise.
+    let mut e2e = cargo();
+    e2e.env("CRIU_EBPF_BIN", engine()).args(["test", "--package", "e2e", "--tests", "--", "--test-threads=2"]);
+    run_command(e2e.args(args))
+}
