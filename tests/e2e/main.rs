@@ -1,0 +1,20 @@
+//! The end-to-end tests: one module per kind of kernel object or program.
+
+mod commands;
+mod counter;
+mod credentials;
+mod events;
+mod files;
+mod inet;
+mod killed;
+mod memory;
+mod pipes;
+mod programs;
+mod registers;
+mod signals;
+mod survey;
+mod terminals;
+mod threads;
+mod timers;
+mod tree;
+mod unix;

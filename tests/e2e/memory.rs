@@ -1,0 +1,50 @@
+//! Memory: contents, sharing, protection, and what madvise and mlock said.
+
+use e2e::workload_rows;
+
+workload_rows! { "memory.py";
+    private_anonymous
+    scattered_pages
+    zeroed_pages
+    file_private
+    file_private_read_only
+    shared_anonymous
+    shared_anonymous_apart
+    shared_file
+    shared_file_read_only
+    memfd
+    memfd_sealed
+    memfd_private
+    deleted_backing_private
+    deleted_backing_shared
+    protection_none
+    executable
+    many_mappings
+    advice_dontfork
+    advice_dontdump
+    advice_hugepage
+    advice_nohugepage
+    advice_mergeable
+    advice_wipeonfork
+    advice_sequential
+    advice_random
+    wiped_on_fork
+    guard_regions
+    locked
+    copy_on_write
+    copy_on_write_apart
+    huge_pages
+    sysv_shared
+    dev_zero_shared
+    tmpfs_file
+    address_space_facts
+    flags_of_the_process
+    vdso
+}
+
+workload_rows! { "stack.c";
+    program_break
+    deep_stack
+    stack_grows
+    grows_down
+}

@@ -1,0 +1,203 @@
+"""Internet sockets that are not connected to anybody: listening TCP, and UDP. All on the loopback interface."""
+
+import socket
+
+from lib import Child, case, check, equal, main
+
+V4, V6 = "127.0.0.1", "::1"
+
+
+def listening(family=socket.AF_INET, address=V4, **options):
+    """A listening TCP socket on a port that was free."""
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    for name, value in options.items():
+        level = socket.IPPROTO_TCP if name.startswith("TCP") else socket.IPPROTO_IPV6 if name.startswith("IPV6") else socket.SOL_SOCKET
+        sock.setsockopt(level, getattr(socket, name), value)
+    sock.bind((address, 0))
+    sock.listen(7)
+    return sock
+
+
+def greeted(sock, family=socket.AF_INET):
+    """Somebody can connect to it and talk."""
+    client = socket.socket(family, socket.SOCK_STREAM)
+    client.connect(sock.getsockname())
+    session, _ = sock.accept()
+    client.send(b"hello")
+    equal(session.recv(10), b"hello", "what the client said")
+    session.close()
+    client.close()
+
+
+@case
+def tcp_listening():
+    """Its address, its options, and that clients get through."""
+    options = {"SO_REUSEADDR": 1, "SO_KEEPALIVE": 1, "TCP_NODELAY": 1, "TCP_DEFER_ACCEPT": 0, "SO_RCVBUF": 100000}
+    sock = listening(**options)
+    address = sock.getsockname()
+    buffer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+    yield
+    equal(sock.getsockname(), address, "address")
+    for name in ("SO_REUSEADDR", "SO_KEEPALIVE"):
+        equal(sock.getsockopt(socket.SOL_SOCKET, getattr(socket, name)), 1, name)
+    equal(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY), 1, "TCP_NODELAY")
+    equal(sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF), buffer, "SO_RCVBUF")
+    greeted(sock)
+
+
+@case
+def tcp_keepalive():
+    """The times of the keep-alive."""
+    sock = listening(SO_KEEPALIVE=1, TCP_KEEPIDLE=111, TCP_KEEPINTVL=22, TCP_KEEPCNT=3)
+    yield
+    for name, value in (("TCP_KEEPIDLE", 111), ("TCP_KEEPINTVL", 22), ("TCP_KEEPCNT", 3)):
+        equal(sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)), value, name)
+
+
+@case
+def tcp6_listening():
+    """IPv6, for IPv6 only."""
+    sock = listening(socket.AF_INET6, V6, IPV6_V6ONLY=1)
+    address = sock.getsockname()
+    yield
+    equal(sock.getsockname(), address, "address")
+    equal(sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY), 1, "IPV6_V6ONLY")
+    greeted(sock, socket.AF_INET6)
+
+
+@case
+def tcp_any_address():
+    """Bound to all addresses of both families."""
+    sock = listening(socket.AF_INET6, "::", IPV6_V6ONLY=0)
+    yield
+    client = socket.create_connection((V4, sock.getsockname()[1]))
+    session, _ = sock.accept()
+    client.send(b"x")
+    equal(session.recv(10), b"x", "over IPv4")
+
+
+@case
+def tcp_port_shared():
+    """SO_REUSEPORT: two sockets on one port."""
+    one = socket.socket()
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    one.bind((V4, 0))
+    one.listen(1)
+    two = socket.socket()
+    two.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    two.bind(one.getsockname())
+    two.listen(1)
+    yield
+    equal(two.getsockname(), one.getsockname(), "addresses")
+    equal([sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT) for sock in (one, two)], [1, 1], "SO_REUSEPORT")
+
+
+@case
+def tcp_shared_by_workers():
+    """A listening socket of a parent and its workers, one of which waits in accept."""
+    sock = listening()
+
+    def worker():
+        yield
+        session, _ = sock.accept()
+        equal(session.recv(10), b"hello", "what the client said")
+
+    process = Child(worker())
+    yield
+    client = socket.create_connection(sock.getsockname())
+    client.send(b"hello")
+    process.finish()
+
+
+@case
+def tcp_unbound():
+    """Sockets that are nothing yet, and one that is only bound."""
+    plain, bound = socket.socket(), socket.socket()
+    bound.bind((V4, 0))
+    address = bound.getsockname()
+    yield
+    equal(bound.getsockname(), address, "address")
+    bound.listen(1)
+    plain.connect(address)
+    check(bound.accept()[0].getpeername() == plain.getsockname(), "the connection")
+
+
+@case
+def tcp_established():
+    """A connection within the tree."""
+    sock = listening()
+    client = socket.create_connection(sock.getsockname())
+    session, _ = sock.accept()
+    yield
+    client.send(b"x")
+    equal(session.recv(10), b"x", "the connection")
+
+
+@case
+def tcp_closed_by_restore():
+    """A connection that a dump with --tcp-close gives up: the program sees it closed, its listener goes on."""
+    sock = listening(SO_REUSEADDR=1)
+    client = socket.create_connection(sock.getsockname())
+    session, _ = sock.accept()
+    yield
+    for end in (client, session):
+        try:
+            end.setblocking(False)
+            equal(end.recv(10), b"", "the end of file")
+        except OSError:
+            pass
+    greeted(sock)
+
+
+def udp(family, address):
+    """Two UDP sockets, one connected to the other."""
+    server = socket.socket(family, socket.SOCK_DGRAM)
+    server.bind((address, 0))
+    client = socket.socket(family, socket.SOCK_DGRAM)
+    client.connect(server.getsockname())
+    return server, client
+
+
+@case
+def udp_sockets():
+    """Bound and connected UDP over IPv4."""
+    server, client = udp(socket.AF_INET, V4)
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+    names = server.getsockname(), client.getsockname(), client.getpeername()
+    yield
+    equal((server.getsockname(), client.getsockname(), client.getpeername()), names, "addresses")
+    equal(server.getsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST), 1, "SO_BROADCAST")
+    client.send(b"x")
+    data, sender = server.recvfrom(10)
+    equal(data, b"x", "a datagram")
+    server.sendto(b"y", sender)
+    equal(client.recv(10), b"y", "the answer")
+
+
+@case
+def udp6_sockets():
+    """The same over IPv6."""
+    server, client = udp(socket.AF_INET6, V6)
+    yield
+    client.send(b"x")
+    data, sender = server.recvfrom(10)
+    server.sendto(b"y", sender)
+    equal((data, client.recv(10)), (b"x", b"y"), "datagrams")
+
+
+@case
+def udp_unbound():
+    """A UDP socket that has no address yet."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 17)
+    sock.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, 0x10)
+    yield
+    server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    server.bind((V4, 0))
+    sock.sendto(b"x", server.getsockname())
+    equal(server.recv(10), b"x", "a datagram")
+    equal(sock.getsockopt(socket.IPPROTO_IP, socket.IP_TTL), 17, "TTL")
+    equal(sock.getsockopt(socket.IPPROTO_IP, socket.IP_TOS), 0x10, "TOS")
+
+
+main()
