@@ -5,12 +5,14 @@ use std::{
     fs::{self, File},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::{Mutex, MutexGuard, PoisonError},
     thread::sleep,
     time::{Duration, Instant},
 };
 
-use nix::sys::wait::WaitStatus;
+use nix::{
+    fcntl::{Flock, FlockArg},
+    sys::wait::WaitStatus,
+};
 use tempfile::TempDir;
 
 use crate::{
@@ -35,7 +37,7 @@ pub struct Program {
     /// The same directory, where it goes with this program.
     owned_dir: Option<TempDir>,
     /// Held while a program with terminals lives.
-    _terminals: Option<MutexGuard<'static, ()>>,
+    _terminals: Option<Flock<File>>,
 }
 
 impl Program {
@@ -52,11 +54,10 @@ impl Program {
     /// -c` also makes the terminal at its standard input the controlling one.
     #[expect(clippy::zombie_processes, reason = "reaped by its pid, as what a restore makes of it is")]
     pub fn start_with(workload: &Workload, setsid: &str, streams: impl FnOnce(&mut Command, &Path)) -> Self {
-        static TERMINALS: Mutex<()> = Mutex::new(());
         reaper::become_subreaper();
         // What the test runner was started with is none of the program's: somebody outside holds the other end.
         close_fds::set_fds_cloexec(3, &[]);
-        let terminals = workload.has_terminals.then(|| TERMINALS.lock().unwrap_or_else(PoisonError::into_inner));
+        let terminals = workload.has_terminals.then(lock_terminals);
         let dir = TempDir::with_prefix("e2e-").expect("creating a directory");
         let mut words = setsid.split_whitespace();
         let mut command = Command::new(words.next().expect("a command"));
@@ -206,6 +207,15 @@ impl Program {
         left.extend(reaper::wait_gone(&strays, Duration::from_secs(10)));
         assert!(left.is_empty(), "{}: still there after the dump: {left:?}", self.name);
     }
+}
+
+/// Keeps all other programs with terminals waiting, those of another run of the tests as well: the numbers of terminals
+/// are the system's.
+fn lock_terminals() -> Flock<File> {
+    let name = std::env::temp_dir().join("criu-ebpf-e2e-terminals.lock");
+    let file = File::create(&name).unwrap_or_else(|error| panic!("creating {}: {error}", name.display()));
+    Flock::lock(file, FlockArg::LockExclusive)
+        .unwrap_or_else(|(_, error)| panic!("locking {}: {error}", name.display()))
 }
 
 impl Drop for Program {
