@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
 use serde::Serialize;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
-use crate::agent::Guest;
+use crate::agent::{Guest, alone};
 use crate::freeze::{self, FreezeError, Frozen, FrozenProcess, Release};
 use crate::image::proto::{DumpStatsEntry, InventoryEntry, StatsEntry, TaskKobjIdsEntry};
 use crate::image::{ImageDir, ImageError, ImageKind};
@@ -238,6 +238,13 @@ fn write_process(
     let (Some(memory), Some(first)) = (&process.memory, process.threads.first()) else {
         return Err(ObjectError::contradiction(format!("pid {pid} has no thread")).into());
     };
+    if let Some(call) = first.filters.as_deref().and_then(alone::obstacle) {
+        warn!(
+            pid = pid.as_raw(),
+            call,
+            "the process forbids itself a call that the agent makes: it is not proof against the engine's being killed in the next milliseconds"
+        );
+    }
     let mut guest = Guest::enter(pid, &process.pidfd, first.stopped, memory, &vmas).map_err(ObjectError::from)?;
     let mut captured = task::capture(cx, process, &mut guest, entries, records)?;
     let pages = memory::dump_private(cx, &mut guest, memory, &vmas, id, &mut captured.mm.vmas)?;

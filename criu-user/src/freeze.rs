@@ -17,6 +17,7 @@ use crate::kernel::mem::ProcessMemory;
 use crate::kernel::pidfd::PidFd;
 use crate::kernel::proc::{self, KeyValues, Stat};
 use crate::kernel::ptrace::{self, PendingQueue, Stop};
+use crate::kernel::seccomp_bpf::Filter;
 use crate::kernel::{SysError, regs};
 
 /// Why a tree could not be frozen; it runs on.
@@ -106,6 +107,8 @@ pub struct FrozenThread {
     pub xstate: Vec<u8>,
     /// Its registration of restartable sequences.
     pub rseq: Option<ptrace::RseqConfig>,
+    /// Its seccomp filters, oldest first; `None` where we may not ask for them.
+    pub filters: Option<Vec<Filter>>,
 }
 
 impl FrozenThread {
@@ -479,7 +482,8 @@ fn examine_thread(
         regs.rip = abort;
     }
     let xstate = ptrace::xstate(tid)?;
-    Ok(FrozenThread { stopped: Stopped { tid, regs, sigmask, signal_waits }, pending, xstate, rseq })
+    let filters = ptrace::seccomp_filters(tid)?;
+    Ok(FrozenThread { stopped: Stopped { tid, regs, sigmask, signal_waits }, pending, xstate, rseq, filters })
 }
 
 /// The abort handler of the critical section that a thread is in: `struct rseq_cs` of include/uapi/linux/rseq.h.

@@ -19,6 +19,7 @@ pub mod ptrace;
 pub mod regs;
 pub mod sched;
 pub mod scratch;
+pub mod seccomp_bpf;
 pub mod socket;
 pub mod survey;
 pub mod surveyor;

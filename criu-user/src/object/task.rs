@@ -69,7 +69,7 @@ fn thread_core(
             advice: "give it an ordinary or a real-time policy for the dump, see chrt(1)".into(),
         });
     }
-    let (seccomp_mode, seccomp_filter) = seccomp::capture(cx, tid, facts.seccomp_mode)?;
+    let (seccomp_mode, seccomp_filter) = seccomp::capture(cx, process.pid, thread, facts.seccomp_mode)?;
     let css_set = records.get(tid).map(|record| record.cgroups).filter(|&css_set| css_set != 0);
     let cg_set = cgroup::capture(cx, process.pid, tid, css_set)?;
     let (ss_sp, ss_size, ss_flags) = facts.altstack;
