@@ -13,6 +13,7 @@ use crate::freeze::{self, FreezeError, Frozen, FrozenProcess, Release};
 use crate::image::proto::{DumpStatsEntry, InventoryEntry, StatsEntry, TaskKobjIdsEntry};
 use crate::image::{ImageDir, ImageError, ImageKind};
 use crate::kernel::pidfd::PidFd;
+use crate::kernel::proc::Shown;
 use crate::kernel::survey::Vma;
 use crate::kernel::surveyor::{Source, SurveyError, Surveyor};
 use crate::kernel::threads::ThreadRecords;
@@ -151,14 +152,14 @@ fn write_images(
     let mut cx = Capture::new(dir, options, pids);
     refuse_foreign(options, frozen, &mut cx);
 
-    let alive: Vec<Pid> = frozen.alive().map(|p| p.pid).collect();
+    let alive: Vec<Shown> = frozen.alive().map(|p| p.shown).collect();
     let tables = surveyor.descriptors(&alive)?;
-    let pidfds: BTreeMap<Pid, &PidFd> = frozen.alive().map(|p| (p.pid, &p.pidfd)).collect();
+    let pidfds: BTreeMap<Pid, &PidFd> = frozen.alive().map(|p| (p.shown.by, &p.pidfd)).collect();
     let fdinfo = cx.descriptions(&tables, &pidfds)?;
     let mut areas = BTreeMap::new();
     for process in frozen.alive() {
-        let vmas = surveyor.areas(process.pid)?;
-        let entries = memory::areas(&mut cx, process.pid.as_raw(), &vmas)?;
+        let vmas = surveyor.areas(process.shown)?;
+        let entries = memory::areas(&mut cx, process.shown.by.as_raw(), &vmas)?;
         areas.insert(process.pid, (vmas, entries));
     }
     if !cx.refusals.is_empty() {
@@ -177,7 +178,7 @@ fn write_images(
         let part = write_process(&mut cx, process, vmas, entries, &records, id)?;
         pages.scanned += part.scanned;
         pages.written += part.written;
-        if let Some(table) = fdinfo.get(&process.pid) {
+        if let Some(table) = fdinfo.get(&process.shown.by) {
             dir.write_all(ImageKind::Fdinfo.id(id.into()), table)?;
         }
     }
@@ -191,7 +192,7 @@ fn write_images(
     seccomp::write(&mut cx)?;
     cgroup::write(&mut cx)?;
     dir.write_all(ImageKind::Pstree, &tree::capture(&frozen.processes))?;
-    dir.write_one(ImageKind::Timens.id(0), &clocks::capture(frozen.root())?)?;
+    dir.write_one(ImageKind::Timens.id(0), &clocks::capture(frozen.processes[0].shown.by)?)?;
     memfd::finish(&mut cx)?;
     locks::finish(&mut cx)?;
     let links = ghost::finish(&mut cx)?;
@@ -247,14 +248,14 @@ fn write_process(
     }
     let mut guest = Guest::enter(pid, &process.pidfd, first.stopped, memory, &vmas).map_err(ObjectError::from)?;
     let mut captured = task::capture(cx, process, &mut guest, entries, records)?;
-    let pages = memory::dump_private(cx, &mut guest, memory, &vmas, id, &mut captured.mm.vmas)?;
+    let pages = memory::dump_private(cx, &mut guest, process, &vmas, id, &mut captured.mm.vmas)?;
     guest.leave().map_err(ObjectError::from)?;
     let name = |kind: ImageKind| kind.id(pid.as_raw() as u64);
     for (tid, core) in &captured.cores {
         cx.dir.write_one(ImageKind::Core.id(tid.as_raw() as u64), core)?;
     }
     cx.dir.write_one(name(ImageKind::Mm), &captured.mm)?;
-    let fs_entry = fs::capture(cx, pid)?;
+    let fs_entry = fs::capture(cx, process.shown.by)?;
     cx.dir.write_one(name(ImageKind::Fs), &fs_entry)?;
     cx.dir.write_one(name(ImageKind::Ids), &own_ids(id))?;
     debug!(pid = pid.as_raw(), pages = pages.written, "process written");

@@ -3,6 +3,7 @@
 use nix::errno::Errno;
 
 use crate::agent::{Batch, Guest};
+use crate::freeze::FrozenProcess;
 use crate::image::proto::VmaEntry;
 use crate::image::{ImageKind, PageRange, PagesWriter, VmaStatus};
 use crate::kernel::mem::ProcessMemory;
@@ -42,13 +43,15 @@ const OWN_PAGES: Query = Query {
 pub fn dump_private(
     cx: &Capture<'_>,
     guest: &mut Guest<'_>,
-    memory: &ProcessMemory,
+    process: &FrozenProcess,
     vmas: &[Vma],
     pages_id: u32,
     guards: &mut Vec<VmaEntry>,
 ) -> Result<Pages, ObjectError> {
     let pid = guest.pid();
-    let mut map = PageMap::open(pid)?;
+    let memory =
+        process.memory.as_ref().ok_or_else(|| ObjectError::contradiction(format!("pid {pid} has no memory")))?;
+    let mut map = PageMap::open(process.shown.by)?;
     let image = PagesWriter::create(cx.dir, ImageKind::Pagemap.id(pid.as_raw() as u64), pages_id)?;
     let mut scanned = 0;
     let by_itself = can_write_itself(pid.as_raw());
