@@ -55,7 +55,7 @@ pub fn dump_private(
     let image = PagesWriter::create(cx.dir, ImageKind::Pagemap.id(pid.as_raw() as u64), pages_id)?;
     let mut scanned = 0;
     let by_itself = can_write_itself(pid.as_raw());
-    let mut copy = Copy { image, guest, memory, lent: None, waiting: Vec::new() };
+    let mut copy = Copy { image, guest, memory, waiting: Vec::new() };
     for vma in vmas {
         if vma.special() == Some("[vdso]") {
             // With it a restore can tell whether its kernel's vDSO is the same.
@@ -109,8 +109,6 @@ struct Copy<'g, 'm> {
     image: PagesWriter,
     guest: &'g mut Guest<'m>,
     memory: &'g ProcessMemory,
-    /// The pages file's number in the process, once it has it.
-    lent: Option<i32>,
     /// What the process is to write itself, collected so that one call serves many regions.
     waiting: Vec<Region>,
 }
@@ -166,10 +164,7 @@ impl Copy<'_, '_> {
         for &(start, len) in vector {
             self.place(start, len)?;
         }
-        let fd = match self.lent {
-            Some(fd) => fd,
-            None => *self.lent.insert(self.guest.lend(self.image.pages())?),
-        };
+        let fd = self.guest.lend(self.image.pages())?;
         let mut batch = Batch::new();
         let iov: Vec<u8> = vector.iter().flat_map(|(start, len)| [*start, *len]).flat_map(u64::to_le_bytes).collect();
         let iov = batch.bytes(&iov);
@@ -187,9 +182,6 @@ impl Copy<'_, '_> {
 
     fn finish(mut self) -> Result<u64, ObjectError> {
         self.write_from_inside()?;
-        if let Some(fd) = self.lent.take() {
-            self.guest.take_back(fd)?;
-        }
         Ok(self.image.finish()?.present)
     }
 }
