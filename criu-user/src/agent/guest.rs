@@ -56,6 +56,8 @@ pub struct Guest<'a> {
     area: SharedMap,
     /// Where the process sees the area.
     area_there: u64,
+    /// A descriptor of ours that the process has just now.
+    lent: Option<i32>,
     home: bool,
 }
 
@@ -120,7 +122,7 @@ impl<'a> Guest<'a> {
         let socket = pidfd.get(far_end)?;
         let area = SharedMap::new(&memfd, AREA)?;
         ptrace::cont(thread.tid, 0)?;
-        Ok(Self { pid, thread, memory, code, layout, socket: Some(socket), area, area_there, home: false })
+        Ok(Self { pid, thread, memory, code, layout, socket: Some(socket), area, area_there, lent: None, home: false })
     }
 
     /// The process.
@@ -227,7 +229,7 @@ impl<'a> Guest<'a> {
         let outcome = self.run_with(&batch, Some(file.as_fd()))?;
         let truncated = outcome.u32(header, 48) & libc::MSG_CTRUNC as u32 != 0;
         match outcome.ret(receive) {
-            Ok(_) if !truncated => Ok(outcome.u32(control, 16) as i32),
+            Ok(_) if !truncated => Ok(*self.lent.insert(outcome.u32(control, 16) as i32)),
             Ok(_) => Err(AgentError::NoRoom { pid: self.pid.as_raw(), area: AREA, errno: Errno::EMFILE }),
             Err(errno) => Err(AgentError::NoRoom { pid: self.pid.as_raw(), area: AREA, errno }),
         }
@@ -237,6 +239,7 @@ impl<'a> Guest<'a> {
     pub fn take_back(&mut self, fd: i32) -> Result<(), AgentError> {
         let mut batch = Batch::new();
         batch.try_call(libc::SYS_close, &[fd.into()]);
+        self.lent = None;
         self.run(&batch).map(drop)
     }
 
@@ -262,12 +265,14 @@ impl<'a> Guest<'a> {
         if std::mem::replace(&mut self.home, true) {
             return Ok(());
         }
+        // Whatever went wrong meanwhile: what is ours does not stay with the process.
+        let returned = self.lent.take().map_or(Ok(()), |fd| self.take_back(fd));
         stop(self.thread.tid)?;
         // End of file: the guest closes, unmaps and gives the signal mask back.
         self.socket = None;
         run_home(&self.thread, self.code + self.layout.home as u64)?;
         self.memory.write(self.code, &vec![0; code::guest_len()])?;
-        Ok(())
+        returned
     }
 }
 
