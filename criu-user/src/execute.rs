@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::unistd::Pid;
-use tracing::debug;
+use tracing::{debug, info, warn};
 
 use crate::agent::batch::{HEADER, RECORD};
 use crate::agent::crew::{LEADER_SLOT, THREAD_SLOT};
@@ -19,6 +19,7 @@ use crate::kernel::ptrace::{self, Stop};
 use crate::kernel::survey::{self, PAGE, Vma};
 use crate::kernel::{SysError, error::During};
 use crate::object::{ObjectError, clocks};
+use crate::observer::{Moment, Objection, Observer, tell};
 use crate::plan::{Arg, Call, Expect, KernelArea, Opened, Plan, Role, Stage, Task, TaskRef};
 use crate::restore::RestoreOptions;
 use crate::waiting;
@@ -35,6 +36,9 @@ pub enum ExecuteError {
     /// An object failed.
     #[error(transparent)]
     Object(#[from] ObjectError),
+    /// Somebody does not let it go on.
+    #[error(transparent)]
+    Objection(#[from] Objection),
     /// A file could not be opened.
     #[error("{what}: {source}")]
     Open {
@@ -71,6 +75,16 @@ pub enum ExecuteError {
         /// Who has it.
         comm: String,
     },
+    /// The pid is still taken.
+    #[error("pid {pid} is in use by {comm}, which has ended, but its parent {parent} has not taken note of it yet")]
+    PidOfZombie {
+        /// The pid.
+        pid: i32,
+        /// Who should wait(2) for it.
+        parent: i32,
+        /// Who had it.
+        comm: String,
+    },
     /// No hole in the address space.
     #[error("no {needed} bytes of address space are free in all processes of the dump")]
     NoHole {
@@ -88,23 +102,31 @@ pub enum ExecuteError {
 }
 
 /// Carries out a plan and gives the root of the tree.
-pub fn execute(plan: &Plan, options: &RestoreOptions) -> Result<Pid, ExecuteError> {
+pub fn execute(plan: &Plan, options: &RestoreOptions, observer: &dyn Observer) -> Result<Pid, ExecuteError> {
     refuse_taken_pids(plan)?;
     let mut opened = Opened::default();
     for opener in &plan.opens {
+        debug!("{}", opener.describe());
         let file = opener.open(&opened).map_err(|source| ExecuteError::Open { what: opener.describe(), source })?;
+        observer.moved(opener.memory());
         opened.push(crate::kernel::fd::duplicate_above(&file, plan.first_free_fd)?);
     }
+    info!(files = opened.len(), "files are open");
     // Until they go on, nothing may interrupt the tasks.
     let mask = |set: &SigSet| sigprocmask(SigmaskHow::SIG_SETMASK, Some(set), None).during("sigprocmask", "restore");
     let before = SigSet::thread_get_mask().during("sigprocmask", "restore")?;
     mask(&SigSet::all())?;
-    let outcome = execute_blocked(plan, options, opened);
+    let outcome = execute_blocked(plan, options, observer, opened);
     mask(&before)?;
     outcome
 }
 
-fn execute_blocked(plan: &Plan, options: &RestoreOptions, opened: Opened) -> Result<Pid, ExecuteError> {
+fn execute_blocked(
+    plan: &Plan,
+    options: &RestoreOptions,
+    observer: &dyn Observer,
+    opened: Opened,
+) -> Result<Pid, ExecuteError> {
     if let Some(offsets) = &plan.clocks {
         clocks::enter(offsets)?;
     }
@@ -112,8 +134,14 @@ fn execute_blocked(plan: &Plan, options: &RestoreOptions, opened: Opened) -> Res
     let crew = Crew::new(layout.crew, &layout.members(plan))?;
     let mut kernel_at = vec![Vec::new(); plan.tasks.len()];
     kernel_at[0] = layout.kernel.clone();
-    let mut run = Run { plan, options, crew, layout, opened, kernel_at, rseq: None };
+    let mut run = Run { plan, options, observer, crew, layout, opened, kernel_at, rseq: None };
     let root = run.spawn()?;
+    info!(pid = root.as_raw(), "the root of the tree is there");
+    if plan.clocks.is_some()
+        && let Err(err) = clocks::leave()
+    {
+        warn!(%err, "scripts will see the clocks of the tree");
+    }
     let outcome = run.adopt(root).and_then(|()| run.all(root));
     if outcome.is_err() {
         run.kill(root);
@@ -124,7 +152,11 @@ fn execute_blocked(plan: &Plan, options: &RestoreOptions, opened: Opened) -> Res
 fn refuse_taken_pids(plan: &Plan) -> Result<(), ExecuteError> {
     for task in &plan.tasks {
         if let Ok(stat) = crate::kernel::proc::stat(task.tid, None) {
-            return Err(ExecuteError::PidTaken { pid: task.tid.as_raw(), comm: stat.comm });
+            let (pid, parent) = (task.tid.as_raw(), stat.ppid.as_raw());
+            return Err(match stat.state {
+                'Z' => ExecuteError::PidOfZombie { pid, parent, comm: stat.comm },
+                _ => ExecuteError::PidTaken { pid, comm: stat.comm },
+            });
         }
     }
     Ok(())
@@ -212,6 +244,7 @@ fn hole(used: &[(u64, u64)], needed: u64) -> Option<u64> {
 struct Run<'a> {
     plan: &'a Plan,
     options: &'a RestoreOptions,
+    observer: &'a dyn Observer,
     crew: Crew,
     layout: Layout,
     opened: Opened,
@@ -262,6 +295,7 @@ impl Run<'_> {
 
     fn all(&mut self, root: Pid) -> Result<(), ExecuteError> {
         self.generations()?;
+        info!("memory is filled, and all processes are there");
         let rest = Stage::ALL.into_iter().filter(|s| *s > Stage::Tree);
         let mut born: Vec<usize> =
             (0..self.plan.tasks.len()).filter(|&n| !matches!(self.plan.tasks[n].role, Role::Thread(_))).collect();
@@ -283,13 +317,23 @@ impl Run<'_> {
             if stage == Stage::Files {
                 born.retain(|&n| self.plan.tasks[n].role != Role::Ends);
             }
-            for (_, deed) in self.plan.deeds.iter().filter(|(s, _)| *s == stage) {
-                deed.run(&self.opened).map_err(|source| ExecuteError::Deed { what: deed.describe(), source })?;
+            if stage != Stage::Last {
+                self.deeds(stage)?;
             }
         }
+        info!(tasks = born.len(), "all tasks are complete");
+        tell(self.observer, Moment::PostRestore, Some(root))?;
         // Whoever waits for the end of a pipe must not find us at the other one.
         self.opened = Opened::default();
         self.go(root, &born)
+    }
+
+    /// What the engine does after a stage.
+    fn deeds(&self, stage: Stage) -> Result<(), ExecuteError> {
+        self.plan.deeds.iter().filter(|(s, _)| *s == stage).try_for_each(|(_, deed)| {
+            debug!("{}", deed.describe());
+            deed.run(&self.opened).map_err(|source| ExecuteError::Deed { what: deed.describe(), source })
+        })
     }
 
     /// Processes get their memory before they fork: generation by generation.
@@ -393,9 +437,11 @@ impl Run<'_> {
             .filter(|a| tasks.contains(&a.task.0))
             .filter_map(|a| Some((self.plan.tasks[a.task.0].pid, self.opened.get(a.file)?, &a.pieces)))
             .collect();
+        let observer = self.observer;
         std::thread::scope(|scope| {
             let engine = scope.spawn(move || {
-                assists.iter().try_for_each(|(pid, file, pieces)| crate::kernel::mem::fill(*pid, file, pieces))
+                let moved = |bytes| observer.moved(bytes);
+                assists.iter().try_for_each(|(pid, file, pieces)| crate::kernel::mem::fill(*pid, file, pieces, moved))
             });
             let outcome = self.stage(Stage::Fill, tasks);
             let engine = engine.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
@@ -415,7 +461,12 @@ impl Run<'_> {
             }
             for (n, calls, batch) in &started {
                 match self.crew.finish(Member(*n), batch) {
-                    Ok(outcome) => self.check(*n, calls, &outcome)?,
+                    Ok(outcome) => {
+                        self.check(*n, calls, &outcome)?;
+                        if stage == Stage::Fill {
+                            self.observer.moved(calls.iter().map(Call::memory).sum());
+                        }
+                    }
                     Err(AgentError::Gone { .. }) if self.ends(*n, stage) => {}
                     Err(err) => return Err(err.into()),
                 }
@@ -437,16 +488,17 @@ impl Run<'_> {
         }
     }
 
-    /// As many calls as fit into the slot.
+    /// As many calls as fit into the slot, and do not keep those waiting who watch.
     fn batch(&self, n: usize, calls: &[Call]) -> Result<(Batch, usize), ExecuteError> {
         let room = self.crew.room(Member(n)) - HEADER - 256;
         let mut batch = Batch::new();
         let mut buffers = BTreeMap::new();
-        let mut size = 0;
+        let (mut size, mut memory) = (0, 0);
         let mut taken = 0;
         for call in calls {
             size += RECORD + call.args.iter().map(arg_size).sum::<usize>();
-            if taken > 0 && size > room {
+            memory += call.memory();
+            if taken > 0 && (size > room || memory > BATCH_MEMORY) {
                 break;
             }
             self.add(&mut batch, &mut buffers, call);
@@ -556,6 +608,8 @@ impl Run<'_> {
                 nix::sys::signal::kill(task.pid, nix::sys::signal::Signal::SIGSTOP).during("kill", task.pid)?;
             }
         }
+        tell(self.observer, Moment::PreResume, Some(root))?;
+        self.deeds(Stage::Last)?;
         // The tree is whole. Once nobody dies with us any more, our own death lets all of them go as well as we do: the
         // kernel detaches whatever we have not.
         for task in &alive {
@@ -648,6 +702,8 @@ impl Run<'_> {
     }
 }
 
+/// Bytes of memory that one batch fills, about.
+const BATCH_MEMORY: u64 = 64 << 20;
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
 
 /// A `syscall` instruction in the process's code: the vDSO has one, for clocks that it cannot read; any library has.

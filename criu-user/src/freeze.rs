@@ -37,6 +37,14 @@ pub enum FreezeError {
         /// Its process.
         pid: i32,
     },
+    /// The kernel's own.
+    #[error("pid {pid} ({comm}) is a thread of the kernel: there is nothing that could be dumped")]
+    KernelThread {
+        /// What was asked for.
+        pid: i32,
+        /// Its name.
+        comm: String,
+    },
     /// The engine would have to stop itself.
     #[error("process {pid} is part of the tree to dump and runs the dump itself: start criu-ebpf outside of the tree")]
     Ourselves {
@@ -262,11 +270,19 @@ fn freeze_by_turns(root: Pid, begin: Instant, limit: Duration, group: Option<&Fr
     }
 }
 
+/// Flag of the kernel's own threads, include/linux/sched.h.
+const PF_KTHREAD: u32 = 0x0020_0000;
+
 fn check_root(root: Pid) -> Result<(), FreezeError> {
     let status = KeyValues::status(root, root).map_err(|_| FreezeError::NoProcess { pid: root.as_raw() })?;
     let tgid = status.number("Tgid", 10)? as i32;
     if tgid != root.as_raw() {
         return Err(FreezeError::IsThread { tid: root.as_raw(), pid: tgid });
+    }
+    if let Ok(stat) = proc::stat(root, None)
+        && stat.flags & PF_KTHREAD != 0
+    {
+        return Err(FreezeError::KernelThread { pid: root.as_raw(), comm: stat.comm });
     }
     Ok(())
 }

@@ -17,6 +17,7 @@ pub mod pipe;
 pub mod proc;
 pub mod ptrace;
 pub mod regs;
+pub mod root;
 pub mod sched;
 pub mod scratch;
 pub mod seccomp_bpf;

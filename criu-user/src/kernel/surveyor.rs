@@ -71,6 +71,16 @@ impl Surveyor {
         }
     }
 
+    /// What it works by, for a reader.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Ebpf(_) => "eBPF",
+            Self::Proc => "/proc",
+            Self::Mixed(None) => "/proc, for the tree is small",
+            Self::Mixed(Some(_)) => "/proc, and eBPF for its sleepers",
+        }
+    }
+
     /// The areas of a process.
     pub fn areas(&mut self, process: Shown) -> Result<Vec<Vma>, SurveyError> {
         if let Self::Ebpf(survey) = self

@@ -38,7 +38,7 @@ pub mod unix;
 pub mod waits;
 
 use crate::agent::AgentError;
-use crate::image::ImageError;
+use crate::image::{ImageError, room};
 use crate::kernel::SysError;
 
 /// The kinds of open file description. The first whose `is` holds takes a description.
@@ -78,6 +78,16 @@ pub enum ObjectError {
         call: &'static str,
         /// What was to be read.
         what: &'static str,
+        /// Why it failed.
+        errno: nix::errno::Errno,
+    },
+    /// A process could not write its memory.
+    #[error("the memory of pid {pid} cannot be written to {}: {}{}", file.display(), errno.desc(), room(*errno))]
+    Memory {
+        /// The process.
+        pid: i32,
+        /// Where to.
+        file: std::path::PathBuf,
         /// Why it failed.
         errno: nix::errno::Errno,
     },

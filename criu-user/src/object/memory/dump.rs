@@ -1,6 +1,7 @@
 //! Writing the private memory of a process.
 
 use nix::errno::Errno;
+use nix::unistd::Pid;
 
 use crate::agent::{Batch, Guest};
 use crate::freeze::FrozenProcess;
@@ -9,16 +10,17 @@ use crate::image::{ImageKind, PageRange, PagesWriter, VmaStatus};
 use crate::kernel::mem::ProcessMemory;
 use crate::kernel::pagemap::{PageKind, PageMap, Query, Region};
 use crate::kernel::survey::{PAGE, VmFlags, Vma};
+use crate::observer::Observer;
 
 use super::super::ObjectError;
 use super::super::file::Capture;
-use super::super::signals::inside;
 use super::area::is_private;
 
 /// I/O vectors that one call takes: IOV_MAX.
 pub(super) const IOVECS: usize = 1024;
-/// Bytes that one call moves: the kernel stops at MAX_RW_COUNT, a page below 2 GiB.
-pub(super) const CALL_BYTES: u64 = 1 << 30;
+/// Bytes that one call moves: the kernel stops at MAX_RW_COUNT, a page below 2 GiB. These are far fewer: whoever watches
+/// wants to see progress.
+pub(super) const CALL_BYTES: u64 = 64 << 20;
 
 /// What a dump of memory came to.
 #[derive(Debug, Default, Clone, Copy)]
@@ -27,6 +29,13 @@ pub struct Pages {
     pub scanned: u64,
     /// Pages written.
     pub written: u64,
+}
+
+/// About how many bytes of private memory a process has: of those in memory, the ones that are no file's.
+pub fn estimate(pid: Pid) -> u64 {
+    let text = crate::kernel::proc::read_text(&format!("/proc/{pid}/statm")).unwrap_or_default();
+    let pages: Vec<u64> = text.split_ascii_whitespace().filter_map(|word| word.parse().ok()).collect();
+    pages.get(1).zip(pages.get(2)).map_or(0, |(resident, shared)| resident.saturating_sub(*shared) * PAGE)
 }
 
 /// Pages that hold what nothing else does: in memory or swapped out, not the file's own, not the zero page. Pages that
@@ -55,7 +64,7 @@ pub fn dump_private(
     let image = PagesWriter::create(cx.dir, ImageKind::Pagemap.id(pid.as_raw() as u64), pages_id)?;
     let mut scanned = 0;
     let by_itself = can_write_itself(pid.as_raw());
-    let mut copy = Copy { image, guest, memory, waiting: Vec::new() };
+    let mut copy = Copy { image, guest, memory, observer: cx.observer, waiting: Vec::new() };
     for vma in vmas {
         if vma.special() == Some("[vdso]") {
             // With it a restore can tell whether its kernel's vDSO is the same.
@@ -109,6 +118,7 @@ struct Copy<'g, 'm> {
     image: PagesWriter,
     guest: &'g mut Guest<'m>,
     memory: &'g ProcessMemory,
+    observer: &'g dyn Observer,
     /// What the process is to write itself, collected so that one call serves many regions.
     waiting: Vec<Region>,
 }
@@ -133,6 +143,7 @@ impl Copy<'_, '_> {
             self.guest.hide(start, &mut bytes);
             let offset = self.place(start, len)?;
             crate::kernel::fd::write_all_at(self.image.pages(), &bytes, offset)?;
+            self.observer.moved(len);
             start += len;
         }
         Ok(())
@@ -171,12 +182,16 @@ impl Copy<'_, '_> {
         let write =
             batch.call(libc::SYS_pwritev, &[fd.into(), iov.into(), vector.len().into(), offset.into(), 0u64.into()]);
         let outcome = self.guest.run(&batch)?;
-        let failed = inside(self.guest.pid().as_raw(), "pwritev", "its memory into the image");
+        let (pid, file) = (self.guest.pid().as_raw(), self.image.pages_path());
+        let failed = |errno| Err(ObjectError::Memory { pid, file: file.to_owned(), errno });
         match outcome.ret(write) {
-            Ok(written) if written == bytes => Ok(()),
+            Ok(written) if written == bytes => {
+                self.observer.moved(bytes);
+                Ok(())
+            }
             // The kernel wrote a part before it met the obstacle: no room, mostly.
-            Ok(_) => Err(failed(Errno::ENOSPC)),
-            Err(errno) => Err(failed(errno)),
+            Ok(_) => failed(Errno::ENOSPC),
+            Err(errno) => failed(errno),
         }
     }
 
