@@ -3,6 +3,7 @@
 
 #[expect(unsafe_code, reason = "the code that runs inside other processes")]
 pub mod agent;
+pub mod check;
 pub mod cli;
 pub mod dump;
 pub mod execute;

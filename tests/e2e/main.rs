@@ -1,5 +1,6 @@
 //! The end-to-end tests: one module per kind of kernel object or program.
 
+mod check;
 mod commands;
 mod counter;
 mod credentials;

@@ -1,5 +1,6 @@
 //! The command line: parses, calls the engine, prints. Names and meanings are those that users of CRIU type.
 
+mod check;
 mod dump;
 mod log;
 mod restore;
@@ -23,6 +24,8 @@ enum Command {
     Dump(dump::DumpArgs),
     /// Bring a process tree back from its images
     Restore(restore::RestoreArgs),
+    /// Say what this kernel can, and what that means
+    Check(check::CheckArgs),
 }
 
 /// Options of every command that works on images.
@@ -63,6 +66,7 @@ pub fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Dump(args) => dump::run(args),
         Command::Restore(args) => restore::run(args),
+        Command::Check(args) => check::run(args),
     };
     match outcome {
         Ok(code) => code,

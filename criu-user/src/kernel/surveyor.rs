@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use nix::unistd::Pid;
 
-use super::ebpf::{EbpfError, EbpfSurvey};
+use super::ebpf::{EbpfError, EbpfResult, EbpfSurvey};
+use super::known::{ITERATORS, Known};
+use super::probe::Absent;
 use super::survey::{self, Descriptor, Vma};
 use super::threads::ThreadRecords;
 use super::{SysError, proc};
@@ -59,15 +61,12 @@ impl Surveyor {
             },
             _ => {}
         }
-        let ready = EbpfSurvey::new().and_then(|mut survey| survey.load_all().map(|()| survey));
-        match (ready, source) {
-            (Ok(survey), _) => Ok(Self::Ebpf(Box::new(survey))),
-            (Err(err), Source::Auto) => {
-                tracing::warn!(%err, "no survey by eBPF, /proc it is");
-                Ok(Self::Proc)
-            }
-            (Err(err), _) => Err(err.into()),
+        if source == Source::Auto {
+            return Ok(loaded(EbpfSurvey::load_all).map_or(Self::Proc, Self::Ebpf));
         }
+        let mut survey = EbpfSurvey::new()?;
+        survey.load_all()?;
+        Ok(Self::Ebpf(Box::new(survey)))
     }
 
     /// The areas of a process.
@@ -115,8 +114,32 @@ impl Surveyor {
 }
 
 fn tasks_only() -> Option<Box<EbpfSurvey>> {
-    let ready = EbpfSurvey::new().and_then(|mut survey| survey.load_tasks().map(|()| survey));
-    ready.map(Box::new).inspect_err(|err| tracing::warn!(%err, "sleeps will start anew after a restore")).ok()
+    loaded(EbpfSurvey::load_tasks)
+}
+
+/// The programs, if they can be loaded. Where they cannot is tried once: the next dump knows.
+fn loaded(load: impl FnOnce(&mut EbpfSurvey) -> EbpfResult<()>) -> Option<Box<EbpfSurvey>> {
+    let mut known = Known::recall();
+    if let Some(why) = known.absent(ITERATORS) {
+        tracing::info!(
+            why,
+            "eBPF is known not to work here: /proc alone is asked, and sleeps start anew after a restore"
+        );
+        return None;
+    }
+    match EbpfSurvey::new().and_then(|mut survey| load(&mut survey).map(|()| survey)) {
+        Ok(survey) => Some(Box::new(survey)),
+        Err(err) => {
+            tracing::warn!(%err, "no eBPF: /proc alone is asked, and sleeps start anew after a restore");
+            if err.will_last() {
+                known.learn(ITERATORS, &Err(Absent::from(err)));
+                if let Err(err) = known.keep() {
+                    tracing::debug!(%err, "the next dump has to find out again");
+                }
+            }
+            None
+        }
+    }
 }
 
 /// What a tree looks like before the freeze.
