@@ -42,7 +42,18 @@ pub enum Surveyor {
     /// /proc.
     Proc,
     /// /proc, and eBPF for what /proc does not tell: how long a thread was still going to sleep.
-    Mixed(Option<Box<EbpfSurvey>>),
+    Mixed(Sleeps),
+}
+
+/// The program that tells of sleeps, for trees that need no other.
+#[derive(Debug)]
+pub enum Sleeps {
+    /// Not needed so far.
+    Unasked,
+    /// Loaded.
+    Ready(Box<EbpfSurvey>),
+    /// Not to be had here.
+    Absent,
 }
 
 /// Threads, areas and descriptors together from which on loading the programs (2 to 3 ms, before the freeze) pays.
@@ -56,8 +67,8 @@ impl Surveyor {
             Source::Auto if !EbpfSurvey::is_built_in() => return Ok(Self::Proc),
             Source::Auto => match look(root) {
                 Look::Large => {}
-                Look::Sleeps => return Ok(Self::Mixed(tasks_only())),
-                Look::Small => return Ok(Self::Mixed(None)),
+                Look::Sleeps => return Ok(Self::Mixed(Sleeps::load())),
+                Look::Small => return Ok(Self::Mixed(Sleeps::Unasked)),
             },
             _ => {}
         }
@@ -96,13 +107,14 @@ impl Surveyor {
         let survey = match self {
             Self::Proc => return Ok(ThreadRecords::default()),
             Self::Ebpf(survey) => survey,
-            Self::Mixed(survey) => {
+            Self::Mixed(_) if !sleeps => return Ok(ThreadRecords::default()),
+            Self::Mixed(program) => {
                 // It may have fallen asleep since the first look.
-                if survey.is_none() && sleeps {
-                    *survey = tasks_only();
+                if matches!(program, Sleeps::Unasked) {
+                    *program = Sleeps::load();
                 }
-                match survey {
-                    Some(survey) if sleeps => survey,
+                match program {
+                    Sleeps::Ready(survey) => survey,
                     _ => return Ok(ThreadRecords::default()),
                 }
             }
@@ -113,8 +125,10 @@ impl Surveyor {
     }
 }
 
-fn tasks_only() -> Option<Box<EbpfSurvey>> {
-    loaded(EbpfSurvey::load_tasks)
+impl Sleeps {
+    fn load() -> Self {
+        loaded(EbpfSurvey::load_tasks).map_or(Self::Absent, Self::Ready)
+    }
 }
 
 /// The programs, if they can be loaded. Where they cannot is tried once: the next dump knows.
