@@ -23,7 +23,7 @@ use crate::object::ghost::{self, Links};
 use crate::object::memory::Pages;
 use crate::object::outside::{External, Inherit};
 use crate::object::{
-    ObjectError, Refusal, cgroup, clocks, fs, locks, memfd, memory, seccomp, shmem, task, tree, waits,
+    ObjectError, Refusal, apart, cgroup, clocks, fs, locks, memfd, memory, seccomp, shmem, task, tree, waits,
 };
 use crate::observer::{Moment, Objection, Observer, tell};
 
@@ -211,7 +211,23 @@ fn write_images(
 ) -> Result<(Pages, Links), DumpError> {
     let pids: Vec<Pid> = frozen.processes.iter().map(|p| p.pid).collect();
     let mut cx = Capture::new(dir, options, observer, pids);
-    refuse_foreign(options, frozen, &mut cx);
+    match write_all(options, dir, frozen, surveyor, &mut cx) {
+        // What cannot be dumped may have been in the way of reading something else.
+        Err(_) if !cx.refusals.is_empty() => Err(DumpError::Refused(cx.refusals)),
+        outcome => outcome,
+    }
+}
+
+fn write_all(
+    options: &DumpOptions,
+    dir: &ImageDir,
+    frozen: &Frozen,
+    surveyor: &mut Surveyor,
+    cx: &mut Capture<'_>,
+) -> Result<(Pages, Links), DumpError> {
+    let observer = cx.observer;
+    refuse_foreign(options, frozen, cx);
+    apart::refuse(cx, frozen).map_err(ObjectError::from)?;
 
     let alive: Vec<Shown> = frozen.alive().map(|p| p.shown).collect();
     let tables = surveyor.descriptors(&alive)?;
@@ -220,12 +236,10 @@ fn write_images(
     let mut areas = BTreeMap::new();
     for process in frozen.alive() {
         let vmas = surveyor.areas(process.shown)?;
-        let entries = memory::areas(&mut cx, process.shown.by.as_raw(), &vmas)?;
+        let entries = memory::areas(cx, process.shown.by.as_raw(), &vmas)?;
         areas.insert(process.pid, (vmas, entries));
     }
-    if !cx.refusals.is_empty() {
-        return Err(DumpError::Refused(std::mem::take(&mut cx.refusals)));
-    }
+    stop_if_refused(cx)?;
 
     let described: usize = tables.values().map(Vec::len).sum();
     let mapped: usize = areas.values().map(|(vmas, _)| vmas.len()).sum();
@@ -242,7 +256,7 @@ fn write_images(
         };
         let sleeps = process.threads.iter().any(waits::sleeps);
         let records = surveyor.threads(process.pid, sleeps)?;
-        let part = write_process(&mut cx, process, vmas, entries, &records, id)?;
+        let part = write_process(cx, process, vmas, entries, &records, id)?;
         pages.scanned += part.scanned;
         pages.written += part.written;
         if let Some(table) = fdinfo.get(&process.shown.by) {
@@ -250,27 +264,27 @@ fn write_images(
         }
     }
     // Some things only a thread itself has told.
-    if !cx.refusals.is_empty() {
-        return Err(DumpError::Refused(std::mem::take(&mut cx.refusals)));
-    }
+    stop_if_refused(cx)?;
     info!(pages = pages.written, "all processes are written");
-    let shared = shmem::dump_all(&mut cx, frozen.processes.len() as u32 + 1)?;
+    let shared = shmem::dump_all(cx, frozen.processes.len() as u32 + 1)?;
     pages.scanned += shared.scanned;
     pages.written += shared.written;
     info!(pages = shared.written, "shared memory is written");
-    seccomp::write(&mut cx)?;
-    cgroup::write(&mut cx)?;
+    seccomp::write(cx)?;
+    cgroup::write(cx)?;
     dir.write_all(ImageKind::Pstree, &tree::capture(&frozen.processes))?;
     dir.write_one(ImageKind::Timens.id(0), &clocks::capture(frozen.processes[0].shown.by)?)?;
-    memfd::finish(&mut cx)?;
-    locks::finish(&mut cx)?;
-    let links = ghost::finish(&mut cx)?;
+    memfd::finish(cx)?;
+    locks::finish(cx)?;
+    let links = ghost::finish(cx)?;
     // Programs and directories are looked at with their process.
-    if !cx.refusals.is_empty() {
-        return Err(DumpError::Refused(std::mem::take(&mut cx.refusals)));
-    }
-    dir.write_all(ImageKind::Files, &cx.into_files())?;
+    stop_if_refused(cx)?;
+    dir.write_all(ImageKind::Files, &cx.take_files())?;
     Ok((pages, links))
+}
+
+fn stop_if_refused(cx: &mut Capture<'_>) -> Result<(), DumpError> {
+    if cx.refusals.is_empty() { Ok(()) } else { Err(DumpError::Refused(std::mem::take(&mut cx.refusals))) }
 }
 
 fn refuse_foreign(options: &DumpOptions, frozen: &Frozen, cx: &mut Capture<'_>) {

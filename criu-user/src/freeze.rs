@@ -218,21 +218,35 @@ impl Seized {
     }
 }
 
+impl Seized {
+    /// Lets a thread that stands still go on.
+    fn let_go(tid: Pid, seizure: &Seizure) {
+        if let Some(regs) = &seizure.release {
+            let _ = ptrace::set_regs(tid, regs);
+        }
+        let _ = ptrace::detach(tid);
+    }
+}
+
 impl Drop for Seized {
     fn drop(&mut self) {
-        // Some may still be on their way to a stop: PTRACE_DETACH wants them stopped.
-        for (&tid, seizure) in &self.threads {
-            let stopped = seizure.stop.is_some() || matches!(ptrace::wait(tid), Ok(stop) if stop != Stop::Exited);
-            if stopped {
-                if let Some(regs) = &seizure.release {
-                    let _ = ptrace::set_regs(tid, regs);
-                }
-                let _ = ptrace::detach(tid);
+        let (standing, moving): (Vec<_>, Vec<_>) = self.threads.iter().partition(|(_, seizure)| seizure.stop.is_some());
+        for (&tid, seizure) in standing {
+            Self::let_go(tid, seizure);
+        }
+        // The others are still on their way to a stop, and only there can be detached from. Some were only waiting for
+        // those above. A thread that does not come is let go by the kernel when the engine ends.
+        let deadline = Instant::now() + PARTING;
+        for (&tid, seizure) in moving {
+            if let Ok(Some(_)) = wait_for_stop(tid, deadline) {
+                Self::let_go(tid, seizure);
             }
         }
     }
 }
 
+/// How long threads that did not stop in time are waited for once more.
+const PARTING: Duration = Duration::from_millis(20);
 /// How long one attempt waits for a thread before all are let go for a moment: a parent in vfork(2) stops only after
 /// its child has gone on.
 const ATTEMPT: Duration = Duration::from_millis(300);
@@ -363,6 +377,8 @@ fn seize_threads(pid: Pid, seized: &mut Seized) -> Result<bool, FreezeError> {
                 match ptrace::seize(tid, ptrace::TRACE_SYSGOOD) {
                     Ok(()) => {}
                     Err(_) if is_dead(pid, tid) => continue,
+                    // Of an earlier attempt, in which it did not stop: it still has to.
+                    Err(_) if tracer_of(pid, tid) == Pid::this().as_raw() => {}
                     Err(_) => return Err(refused(pid, tid)),
                 }
             }
@@ -384,8 +400,13 @@ fn is_dead(pid: Pid, tid: Pid) -> bool {
     proc::stat(pid, Some(tid)).map_or(true, |s| matches!(s.state, 'Z' | 'X'))
 }
 
+/// Who traces a thread; 0 if nobody does.
+fn tracer_of(pid: Pid, tid: Pid) -> i32 {
+    KeyValues::status(pid, tid).and_then(|status| status.number("TracerPid", 10)).unwrap_or(0) as i32
+}
+
 fn refused(pid: Pid, tid: Pid) -> FreezeError {
-    let tracer = KeyValues::status(pid, tid).and_then(|s| s.number("TracerPid", 10)).unwrap_or(0) as i32;
+    let tracer = tracer_of(pid, tid);
     if tracer == 0 {
         return FreezeError::Forbidden { tid: tid.as_raw() };
     }

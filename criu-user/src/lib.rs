@@ -4,6 +4,7 @@
 #[expect(unsafe_code, reason = "the code that runs inside other processes")]
 pub mod agent;
 pub mod attend;
+pub mod check;
 pub mod cli;
 pub mod dump;
 pub mod execute;

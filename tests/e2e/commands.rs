@@ -64,9 +64,6 @@ rows! {
         program.finish();
     };
 
-    /// A process that another one traces cannot be stopped: refused, and the tree goes on.
-    traced => |row| row.refused(&Workload::new("special.c", "traces"), "trac");
-
     /// Nobody there.
     no_such_process => |row| {
         let mut program = counter().start();

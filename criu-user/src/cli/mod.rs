@@ -1,5 +1,6 @@
 //! The command line: parses, calls the engine, prints. Names and meanings are those that users of CRIU type.
 
+mod check;
 mod common;
 mod documents;
 mod dump;
@@ -33,6 +34,8 @@ enum Command {
     Dump(Box<dump::DumpArgs>),
     /// Bring a process tree back from its images
     Restore(Box<restore::RestoreArgs>),
+    /// Say what this kernel can, and what that means
+    Check(check::CheckArgs),
     /// Write shell completions and manual pages into DIR/completions and DIR/man
     #[command(hide = true)]
     Documents(documents::DocumentsArgs),
@@ -57,6 +60,7 @@ pub fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Dump(args) => dump::run(*args),
         Command::Restore(args) => restore::run(*args),
+        Command::Check(args) => check::run(args),
         Command::Documents(args) => documents::run(&args),
     };
     outcome.unwrap_or_else(|err| {

@@ -17,14 +17,18 @@ use super::{SysError, SysResult, sys};
 
 const FSCONFIG_CMD_CREATE: u64 = 6;
 
-/// A tmpfs that is mounted nowhere: fsopen(2), fsmount(2). Since Linux 5.2.
+/// A tmpfs that is mounted nowhere.
 pub fn filesystem() -> SysResult<OwnedFd> {
-    const NAME: &CStr = c"tmpfs";
+    detached(c"tmpfs")
+}
+
+/// A new file system of this type that is mounted nowhere: fsopen(2), fsmount(2). Since Linux 5.2.
+pub(super) fn detached(kind: &CStr) -> SysResult<OwnedFd> {
     let call = |nr, args, name| {
         // SAFETY: pointers are to strings that live.
-        unsafe { sys::raw(nr, args) }.map_err(|e| SysError::new(name, "tmpfs", e))
+        unsafe { sys::raw(nr, args) }.map_err(|e| SysError::new(name, kind.to_string_lossy(), e))
     };
-    let context = call(libc::SYS_fsopen, [NAME.as_ptr() as u64, 1, 0, 0, 0, 0], "fsopen")?;
+    let context = call(libc::SYS_fsopen, [kind.as_ptr() as u64, 1, 0, 0, 0, 0], "fsopen")?;
     // SAFETY: a new descriptor that nobody else owns.
     let context = unsafe { OwnedFd::from_raw_fd(context as i32) };
     let at = context.as_raw_fd() as u64;

@@ -13,7 +13,7 @@ use nix::sys::stat::{FileStat, SFlag};
 use nix::unistd::Pid;
 use tracing::debug;
 
-use super::{KINDS, ObjectError, Refusal, locks};
+use super::{KINDS, ObjectError, Refusal, locks, unsupported};
 use crate::call;
 use crate::image::proto::{FdTypes, FdinfoEntry, FileEntry, FownEntry};
 use crate::image::{ImageDir, ImageKind};
@@ -310,10 +310,7 @@ impl<'a> Capture<'a> {
         let pos = info.number("pos", 10)?;
         let seen = Seen { id: d.description, pid, fd: d.fd, file, stat, link, info, flags, pos };
         let Some(kind) = KINDS.iter().find(|kind| kind.is(&seen)) else {
-            self.refuse(seen.refuse(
-                format!("{} is of a kind that cannot be dumped", seen.link_text()),
-                "close it before the dump",
-            ));
+            self.refuse(unsupported::refuse(&seen));
             return Ok(FdTypes::Und);
         };
         let entry = kind.capture(&seen, self)?;
@@ -324,8 +321,8 @@ impl<'a> Capture<'a> {
     }
 
     /// All entries of files.img.
-    pub fn into_files(self) -> Vec<FileEntry> {
-        self.files
+    pub fn take_files(&mut self) -> Vec<FileEntry> {
+        std::mem::take(&mut self.files)
     }
 }
 

@@ -3,6 +3,7 @@
 //! Kinds that sit behind descriptors are entered in [`KINDS`]; the others belong to tasks and are called by the
 //! pipelines one after the other.
 
+pub mod apart;
 pub mod cgroup;
 pub mod clocks;
 pub mod creds;
@@ -35,6 +36,7 @@ pub mod timers;
 pub mod tree;
 pub mod tty;
 pub mod unix;
+pub mod unsupported;
 pub mod waits;
 
 use crate::agent::AgentError;

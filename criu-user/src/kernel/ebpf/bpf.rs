@@ -179,7 +179,7 @@ pub fn iterate(program: BorrowedFd<'_>, pid: u32) -> BpfResult<OwnedFd> {
 
 /// # Safety
 /// What the attribute points to has to be what the command expects.
-unsafe fn call<T>((command, name): (c_int, &'static str), attribute: &T) -> BpfResult<RawFd> {
+pub(in crate::kernel) unsafe fn call<T>((command, name): (c_int, &'static str), attribute: &T) -> BpfResult<RawFd> {
     // SAFETY: the attribute is readable for its size; the rest is the caller's word.
     let answer: c_long = unsafe { libc::syscall(libc::SYS_bpf, command, &raw const *attribute, size_of::<T>()) };
     if answer < 0 { Err((name, io::Error::last_os_error())) } else { Ok(answer as RawFd) }
@@ -187,7 +187,7 @@ unsafe fn call<T>((command, name): (c_int, &'static str), attribute: &T) -> BpfR
 
 /// # Safety
 /// `fd` has to be a descriptor that nobody else owns.
-unsafe fn owned(fd: RawFd) -> OwnedFd {
+pub(in crate::kernel) unsafe fn owned(fd: RawFd) -> OwnedFd {
     // SAFETY: the caller's word.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }

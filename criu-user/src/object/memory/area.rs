@@ -8,7 +8,7 @@ use crate::kernel::proc;
 use crate::kernel::survey::{VmFlags, Vma, VmaName};
 
 use super::super::file::Capture;
-use super::super::{ObjectError, Refusal, memfd, regfile, shmem};
+use super::super::{ObjectError, Refusal, memfd, regfile, shmem, unsupported};
 
 /// Advice that is state of an area, with the flag that shows it.
 const ADVICE: [(VmFlags, i32); 8] = [
@@ -98,6 +98,9 @@ fn area(cx: &mut Capture<'_>, pid: i32, vma: &Vma) -> Result<VmaEntry, ObjectErr
     };
     entry.status = if let Some(kernel) = kernel_area(vma) {
         kernel
+    } else if let Some((what, advice)) = unsupported::mapping(vma) {
+        refuse(cx, pid, vma, &what, advice);
+        VmaStatus::empty()
     } else if vma.flags.intersects(VmFlags::PFNMAP | VmFlags::IO) {
         refuse(cx, pid, vma, "memory of a device", "devices cannot be dumped");
         VmaStatus::empty()
@@ -138,6 +141,11 @@ fn area(cx: &mut Capture<'_>, pid: i32, vma: &Vma) -> Result<VmaEntry, ObjectErr
 }
 
 fn refuse(cx: &mut Capture<'_>, pid: i32, vma: &Vma, what: &str, advice: &str) {
-    let what = format!("{what} at {:#x} ({:?})", vma.start, vma.name);
+    let name = match &vma.name {
+        VmaName::None => String::new(),
+        VmaName::Special(name) => format!(" ({name})"),
+        VmaName::File(path) => format!(" ({})", path.display()),
+    };
+    let what = format!("{what} at {:#x}{name} cannot be dumped", vma.start);
     cx.refuse(Refusal { pid, fd: None, what, advice: advice.into() });
 }
