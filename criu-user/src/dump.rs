@@ -8,11 +8,12 @@ use nix::unistd::Pid;
 use serde::Serialize;
 use tracing::{debug, info, warn};
 
-use crate::agent::Guest;
+use crate::agent::{Guest, alone};
 use crate::freeze::{self, FreezeError, Frozen, FrozenProcess, Release};
 use crate::image::proto::{DumpStatsEntry, InventoryEntry, StatsEntry, TaskKobjIdsEntry};
 use crate::image::{ImageDir, ImageError, ImageKind};
 use crate::kernel::pidfd::PidFd;
+use crate::kernel::proc::Shown;
 use crate::kernel::survey::{PAGE, Vma};
 use crate::kernel::surveyor::{Source, SurveyError, Surveyor};
 use crate::kernel::threads::ThreadRecords;
@@ -212,14 +213,14 @@ fn write_images(
     let mut cx = Capture::new(dir, options, observer, pids);
     refuse_foreign(options, frozen, &mut cx);
 
-    let alive: Vec<Pid> = frozen.alive().map(|p| p.pid).collect();
+    let alive: Vec<Shown> = frozen.alive().map(|p| p.shown).collect();
     let tables = surveyor.descriptors(&alive)?;
-    let pidfds: BTreeMap<Pid, &PidFd> = frozen.alive().map(|p| (p.pid, &p.pidfd)).collect();
+    let pidfds: BTreeMap<Pid, &PidFd> = frozen.alive().map(|p| (p.shown.by, &p.pidfd)).collect();
     let fdinfo = cx.descriptions(&tables, &pidfds)?;
     let mut areas = BTreeMap::new();
     for process in frozen.alive() {
-        let vmas = surveyor.areas(process.pid)?;
-        let entries = memory::areas(&mut cx, process.pid.as_raw(), &vmas)?;
+        let vmas = surveyor.areas(process.shown)?;
+        let entries = memory::areas(&mut cx, process.shown.by.as_raw(), &vmas)?;
         areas.insert(process.pid, (vmas, entries));
     }
     if !cx.refusals.is_empty() {
@@ -230,7 +231,7 @@ fn write_images(
     let mapped: usize = areas.values().map(|(vmas, _)| vmas.len()).sum();
     info!(by = surveyor.name(), descriptors = described, areas = mapped, "the tree is surveyed");
     if observer.counts_memory() {
-        observer.expects(alive.iter().map(|&pid| memory::estimate(pid)).sum());
+        observer.expects(alive.iter().map(|process| memory::estimate(process.by)).sum());
     }
     let mut pages = Pages::default();
     for (n, process) in frozen.processes.iter().enumerate() {
@@ -244,7 +245,7 @@ fn write_images(
         let part = write_process(&mut cx, process, vmas, entries, &records, id)?;
         pages.scanned += part.scanned;
         pages.written += part.written;
-        if let Some(table) = fdinfo.get(&process.pid) {
+        if let Some(table) = fdinfo.get(&process.shown.by) {
             dir.write_all(ImageKind::Fdinfo.id(id.into()), table)?;
         }
     }
@@ -260,7 +261,7 @@ fn write_images(
     seccomp::write(&mut cx)?;
     cgroup::write(&mut cx)?;
     dir.write_all(ImageKind::Pstree, &tree::capture(&frozen.processes))?;
-    dir.write_one(ImageKind::Timens.id(0), &clocks::capture(frozen.root())?)?;
+    dir.write_one(ImageKind::Timens.id(0), &clocks::capture(frozen.processes[0].shown.by)?)?;
     memfd::finish(&mut cx)?;
     locks::finish(&mut cx)?;
     let links = ghost::finish(&mut cx)?;
@@ -307,11 +308,18 @@ fn write_process(
     let (Some(memory), Some(first)) = (&process.memory, process.threads.first()) else {
         return Err(ObjectError::contradiction(format!("pid {pid} has no thread")).into());
     };
+    if let Some(call) = first.filters.as_deref().and_then(alone::obstacle) {
+        warn!(
+            pid = pid.as_raw(),
+            call,
+            "the process forbids itself a call that the agent makes: it is not proof against the engine's being killed in the next milliseconds"
+        );
+    }
     let mut guest = Guest::enter(pid, &process.pidfd, first.stopped, memory, &vmas).map_err(ObjectError::from)?;
     debug!(pid = pid.as_raw(), areas = vmas.len(), "the agent is in");
     let mut captured = task::capture(cx, process, &mut guest, entries, records)?;
     debug!(pid = pid.as_raw(), threads = captured.cores.len(), "its state is read");
-    let pages = memory::dump_private(cx, &mut guest, memory, &vmas, id, &mut captured.mm.vmas)?;
+    let pages = memory::dump_private(cx, &mut guest, process, &vmas, id, &mut captured.mm.vmas)?;
     debug!(pid = pid.as_raw(), scanned = pages.scanned, written = pages.written, "its memory is written");
     guest.leave().map_err(ObjectError::from)?;
     debug!(pid = pid.as_raw(), "the agent is out");
@@ -320,7 +328,7 @@ fn write_process(
         cx.dir.write_one(ImageKind::Core.id(tid.as_raw() as u64), core)?;
     }
     cx.dir.write_one(name(ImageKind::Mm), &captured.mm)?;
-    let fs_entry = fs::capture(cx, pid)?;
+    let fs_entry = fs::capture(cx, process.shown.by)?;
     cx.dir.write_one(name(ImageKind::Fs), &fs_entry)?;
     cx.dir.write_one(name(ImageKind::Ids), &own_ids(id))?;
     Ok(pages)

@@ -7,7 +7,6 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::AsRawFd;
 
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
-use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 use tracing::{debug, info, warn};
 
@@ -304,6 +303,13 @@ impl Run<'_> {
             if stage == Stage::Credentials {
                 self.seize(root, &born)?;
             }
+            if stage == Stage::Last && self.ends(0, stage) {
+                // Its threads die with us from here on; a dead tracee that did would take them along at our very end.
+                ptrace::interrupt(root)?;
+                wait_for_interrupt(root)?;
+                ptrace::set_options(root, 0)?;
+                ptrace::detach(root)?;
+            }
             self.stage(stage, &born)?;
             if stage == Stage::Threads {
                 born = (0..self.plan.tasks.len()).collect();
@@ -461,7 +467,7 @@ impl Run<'_> {
                             self.observer.moved(calls.iter().map(Call::memory).sum());
                         }
                     }
-                    Err(AgentError::Gone { .. }) if stage == Stage::Files && self.ends(*n) => {}
+                    Err(AgentError::Gone { .. }) if self.ends(*n, stage) => {}
                     Err(err) => return Err(err.into()),
                 }
             }
@@ -473,8 +479,13 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn ends(&self, n: usize) -> bool {
-        self.plan.tasks[n].role == Role::Ends
+    /// Whether a task ends in this stage: a process that had ended, or the first thread of one that goes on.
+    fn ends(&self, n: usize, stage: Stage) -> bool {
+        let task = &self.plan.tasks[n];
+        match task.role {
+            Role::Ends => stage == Stage::Files,
+            _ => task.resume.is_none() && stage == Stage::Last,
+        }
     }
 
     /// As many calls as fit into the slot, and do not keep those waiting who watch.
@@ -592,9 +603,8 @@ impl Run<'_> {
             );
             ptrace::set_regs(task.tid, &regs)?;
         }
-        for task in &alive {
-            let stop = task.stopped && !matches!(task.role, Role::Thread(_)) || self.options.leave_stopped;
-            if stop {
+        for task in plan.tasks.iter().filter(|task| task.role == Role::Leader) {
+            if task.stopped || self.options.leave_stopped {
                 nix::sys::signal::kill(task.pid, nix::sys::signal::Signal::SIGSTOP).during("kill", task.pid)?;
             }
         }
@@ -641,9 +651,10 @@ impl Run<'_> {
 
     /// The crew's area goes last: by a call made at a `syscall` instruction of the program's own.
     fn unmap_crew(&self, task: &Task) -> Result<(), ExecuteError> {
-        let memory = ProcessMemory::open(task.pid)?;
+        // The first thread may have ended.
+        let memory = ProcessMemory::open(task.tid)?;
         let process = self.plan.tasks.iter().find(|t| t.tid == task.pid).unwrap_or(task);
-        let place = find_syscall(&memory, process)
+        let place = find_syscall(&memory, task.tid, process)
             .ok_or(AgentError::NoSlack { pid: task.pid.as_raw(), needed: SYSCALL.len() })?;
         let (start, len) = self.crew.range();
         let mut regs = ptrace::regs(task.tid)?;
@@ -675,17 +686,19 @@ impl Run<'_> {
 
     /// Ends everything that was spawned.
     fn kill(&self, root: Pid) {
-        for task in self.plan.tasks.iter().filter(|t| !matches!(t.role, Role::Thread(_))) {
+        for task in &self.plan.tasks {
             // Only those that the plan has created and that are ours: children of the crew or the engine.
-            let ours = crate::kernel::proc::read_text(&format!("/proc/{}/maps", task.pid))
+            let ours = crate::kernel::proc::read_text(&format!("/proc/{}/maps", task.tid))
                 .is_ok_and(|maps| maps.contains("memfd:criu-ebpf"));
-            if ours || task.pid == root {
+            if ours || task.tid == root {
                 let _ = nix::sys::signal::kill(task.pid, nix::sys::signal::Signal::SIGKILL);
             }
         }
-        if !self.options.sibling {
-            let _ = waitpid(root, None);
+        // A process is gone only when those of its threads that we trace are collected.
+        for task in self.plan.tasks.iter().filter(|task| task.tid != root) {
+            ptrace::reap(task.tid);
         }
+        ptrace::reap(root);
     }
 }
 
@@ -694,11 +707,11 @@ const BATCH_MEMORY: u64 = 64 << 20;
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
 
 /// A `syscall` instruction in the process's code: the vDSO has one, for clocks that it cannot read; any library has.
-fn find_syscall(memory: &ProcessMemory, process: &Task) -> Option<u64> {
+fn find_syscall(memory: &ProcessMemory, tid: Pid, process: &Task) -> Option<u64> {
     const PIECE: u64 = 64 << 10;
     let vdso = process.kernel_areas.iter().filter(|a| a.name == "[vdso]").map(|a| (a.start, a.start + a.len));
     let others = || {
-        let vmas = survey::vmas_of(process.pid).unwrap_or_default();
+        let vmas = survey::vmas_of(tid).unwrap_or_default();
         vmas.into_iter().filter(|v| v.flags.contains(survey::VmFlags::EXEC) && v.ino != 0).map(|v| (v.start, v.end))
     };
     let search = |(start, end): (u64, u64)| {

@@ -12,7 +12,7 @@ use crate::execute::{self, ExecuteError};
 use crate::image::proto::{
     CoreEntry, FileEntry, FsEntry, MmEntry, PstreeEntry, RestoreStatsEntry, StatsEntry, TaskKobjIdsEntry, TimensEntry,
 };
-use crate::image::{ImageDir, ImageError, ImageKind, references};
+use crate::image::{ImageDir, ImageError, ImageKind, TaskState, references};
 use crate::kernel::root::Root;
 use crate::object::cgroup::{Manage, NewRoot};
 use crate::object::file::{Planner, Shelf, read_table};
@@ -184,7 +184,7 @@ fn timens_id(processes: &[ProcessImages]) -> u64 {
 fn read_cores(dir: &ImageDir, entries: &[PstreeEntry]) -> Result<HashMap<i32, CoreEntry>, RestoreError> {
     let mut cores = HashMap::new();
     for entry in entries {
-        for tid in entry.threads.iter().copied().chain([entry.pid]) {
+        for &tid in references::threads(entry) {
             if let std::collections::hash_map::Entry::Vacant(slot) = cores.entry(tid as i32) {
                 let name = ImageKind::Core.id(tid.into());
                 let core: CoreEntry = dir.read_one(name)?;
@@ -204,7 +204,7 @@ fn read_processes(
     let mut processes = Vec::new();
     for entry in entries {
         let core = &cores[&(entry.pid as i32)];
-        if core.tc.as_ref().is_some_and(|tc| tc.task_state == task::state::ZOMBIE) {
+        if TaskState::is_gone(core) {
             continue;
         }
         let pid = u64::from(entry.pid);
@@ -236,10 +236,17 @@ fn plan_process(
     cx.descriptors(task, &table)?;
     fs::plan(cx, task, &process.fs)?;
     task::plan_process(cx, task, core, &process.mm)?;
-    for &tid in &process.entry.threads {
+    let leader_ended = core.leader_ended();
+    if leader_ended {
+        task::plan_dead_leader(cx, task, core)?;
+    }
+    for &tid in references::threads(&process.entry).iter().filter(|&&tid| tid != process.entry.pid || !leader_ended) {
         let thread = cx.tasks[&(tid as i32)];
         task::plan_thread(cx, thread, &cores[&(tid as i32)], own)?;
     }
     task::plan_dumpable(cx, task, &process.mm);
+    if leader_ended {
+        task::plan_leaders_end(cx, task, core);
+    }
     Ok(())
 }

@@ -20,6 +20,7 @@ pub mod regs;
 pub mod root;
 pub mod sched;
 pub mod scratch;
+pub mod seccomp_bpf;
 pub mod socket;
 pub mod survey;
 pub mod surveyor;

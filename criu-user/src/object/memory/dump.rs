@@ -4,6 +4,7 @@ use nix::errno::Errno;
 use nix::unistd::Pid;
 
 use crate::agent::{Batch, Guest};
+use crate::freeze::FrozenProcess;
 use crate::image::proto::VmaEntry;
 use crate::image::{ImageKind, PageRange, PagesWriter, VmaStatus};
 use crate::kernel::mem::ProcessMemory;
@@ -51,17 +52,19 @@ const OWN_PAGES: Query = Query {
 pub fn dump_private(
     cx: &Capture<'_>,
     guest: &mut Guest<'_>,
-    memory: &ProcessMemory,
+    process: &FrozenProcess,
     vmas: &[Vma],
     pages_id: u32,
     guards: &mut Vec<VmaEntry>,
 ) -> Result<Pages, ObjectError> {
     let pid = guest.pid();
-    let mut map = PageMap::open(pid)?;
+    let memory =
+        process.memory.as_ref().ok_or_else(|| ObjectError::contradiction(format!("pid {pid} has no memory")))?;
+    let mut map = PageMap::open(process.shown.by)?;
     let image = PagesWriter::create(cx.dir, ImageKind::Pagemap.id(pid.as_raw() as u64), pages_id)?;
     let mut scanned = 0;
     let by_itself = can_write_itself(pid.as_raw());
-    let mut copy = Copy { image, guest, memory, observer: cx.observer, lent: None, waiting: Vec::new() };
+    let mut copy = Copy { image, guest, memory, observer: cx.observer, waiting: Vec::new() };
     for vma in vmas {
         if vma.special() == Some("[vdso]") {
             // With it a restore can tell whether its kernel's vDSO is the same.
@@ -116,8 +119,6 @@ struct Copy<'g, 'm> {
     guest: &'g mut Guest<'m>,
     memory: &'g ProcessMemory,
     observer: &'g dyn Observer,
-    /// The pages file's number in the process, once it has it.
-    lent: Option<i32>,
     /// What the process is to write itself, collected so that one call serves many regions.
     waiting: Vec<Region>,
 }
@@ -174,10 +175,7 @@ impl Copy<'_, '_> {
         for &(start, len) in vector {
             self.place(start, len)?;
         }
-        let fd = match self.lent {
-            Some(fd) => fd,
-            None => *self.lent.insert(self.guest.lend(self.image.pages())?),
-        };
+        let fd = self.guest.lend(self.image.pages())?;
         let mut batch = Batch::new();
         let iov: Vec<u8> = vector.iter().flat_map(|(start, len)| [*start, *len]).flat_map(u64::to_le_bytes).collect();
         let iov = batch.bytes(&iov);
@@ -199,9 +197,6 @@ impl Copy<'_, '_> {
 
     fn finish(mut self) -> Result<u64, ObjectError> {
         self.write_from_inside()?;
-        if let Some(fd) = self.lent.take() {
-            self.guest.take_back(fd)?;
-        }
         Ok(self.image.finish()?.present)
     }
 }
