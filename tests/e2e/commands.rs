@@ -2,6 +2,13 @@
 
 use std::{collections::BTreeSet, fs, os::unix::fs::PermissionsExt, process::Command, time::Duration};
 
+mod attended;
+mod messages;
+mod options;
+mod reports;
+mod root;
+mod scripts;
+
 use e2e::{Engine, Look, Options, Workload, proc, reaper, rows, workload_rows};
 
 workload_rows! { "special.c"; seccomp_filters }

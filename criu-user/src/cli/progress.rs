@@ -14,7 +14,7 @@ use super::common::Common;
 const LINE: Duration = Duration::from_secs(5);
 
 /// What the bar looks like.
-const TEMPLATE: &str = "{prefix} [{bar:40}] {bytes}/{total_bytes}, {binary_bytes_per_sec}, {eta} left";
+const TEMPLATE: &str = "{prefix} [{wide_bar}] {bytes}/{total_bytes}, {binary_bytes_per_sec}, {eta} left";
 
 /// How far it is.
 #[derive(Debug)]
@@ -47,9 +47,9 @@ impl Progress {
         let shown = if common.quiet || (common.log_file.is_none() && common.verbosity() >= STORY) {
             Shown::Nothing
         } else if std::io::stderr().is_terminal() {
-            let bar = ProgressBar::new(0);
-            bar.set_style(ProgressStyle::with_template(TEMPLATE).unwrap_or_else(|_| ProgressStyle::default_bar()));
-            bar.set_prefix(what);
+            let style = ProgressStyle::with_template(TEMPLATE).unwrap_or_else(|_| ProgressStyle::default_bar());
+            // Builders do not draw; setters would.
+            let bar = ProgressBar::new(0).with_style(style).with_prefix(what);
             Shown::Bar(bar)
         } else {
             let now = Instant::now();
@@ -75,8 +75,11 @@ impl Progress {
             // Nothing is drawn before something moves.
             _ if bytes == 0 => {}
             Shown::Bar(bar) => {
-                bar.set_length(expected.max(bar.position() + bytes));
-                bar.inc(bytes);
+                bar.update(|state| {
+                    let done = state.pos() + bytes;
+                    state.set_len(expected.max(done));
+                    state.set_pos(done);
+                });
             }
             Shown::Lines(lines) => {
                 let mut lines = lock(lines);
@@ -95,8 +98,10 @@ impl Progress {
         if let Shown::Bar(bar) = &self.shown
             && bar.position() > 0
         {
-            bar.set_length(bar.position());
+            bar.update(|state| state.set_len(state.pos()));
             bar.finish();
+            // It leaves the cursor behind the bar.
+            eprintln!();
         }
     }
 

@@ -79,7 +79,7 @@ fn vsyscall() -> Option<VmaEntry> {
             ..VmaEntry::default()
         })
     };
-    FOUND.get_or_init(look).clone()
+    *FOUND.get_or_init(look)
 }
 
 fn area(cx: &mut Capture<'_>, pid: i32, vma: &Vma) -> Result<VmaEntry, ObjectError> {
