@@ -23,6 +23,7 @@ pub mod socket;
 pub mod survey;
 pub mod surveyor;
 pub mod sys;
+pub mod tcp;
 pub mod threads;
 pub mod tty;
 pub mod unix_diag;
