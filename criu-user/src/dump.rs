@@ -21,6 +21,7 @@ use crate::object::file::Capture;
 use crate::object::ghost::{self, Links};
 use crate::object::memory::Pages;
 use crate::object::outside::{External, Inherit};
+use crate::object::tcp::{Hold, NetworkLock};
 use crate::object::{
     ObjectError, Refusal, cgroup, clocks, fs, locks, memfd, memory, seccomp, shmem, task, tree, waits,
 };
@@ -44,6 +45,12 @@ pub struct DumpOptions {
     pub ext_unix_sk: bool,
     /// Whether TCP connections are given up.
     pub tcp_close: bool,
+    /// Whether TCP connections are kept.
+    pub tcp_established: bool,
+    /// Whether clients that nobody has accepted yet are dropped.
+    pub skip_in_flight: bool,
+    /// How the packets of connections are held meanwhile.
+    pub network_lock: NetworkLock,
     /// Where the survey comes from.
     pub survey: Source,
     /// What belongs to somebody outside of the tree.
@@ -106,21 +113,32 @@ pub fn dump(options: &DumpOptions) -> Result<Summary, DumpError> {
     let begin = Instant::now();
     let dir = ImageDir::create(&options.images_dir)?;
     let mut surveyor = Surveyor::choose(options.survey, options.pid)?;
+    let hold = match options.tcp_established {
+        true => Hold::prepare(options.pid, options.network_lock).map_err(ObjectError::from)?,
+        false => Hold::default(),
+    };
     let frozen = freeze::freeze(options.pid, options.timeout, options.freeze_cgroup.as_deref())?;
     let (processes, threads) = (frozen.processes.len(), frozen.processes.iter().map(|p| p.threads.len()).sum());
     info!(processes, threads, took = ?frozen.took, "the tree stands still");
     let writing = Instant::now();
-    let (pages, links) = write_images(options, &dir, &frozen, &mut surveyor)?;
+    let (pages, links, mut hold) = write_images(options, &dir, &frozen, &mut surveyor, hold)?;
     info!(pages = pages.written, took = ?writing.elapsed(), "images are written");
     let freezing = frozen.took;
     // A tree that is to be killed must not be before its images are safe; one that runs on need not wait.
-    let inventory = inventory(&frozen)?;
+    let mut inventory = inventory(&frozen)?;
+    hold.describe(&mut inventory);
     let frozen = match options.release {
         Release::Kill => {
             dir.commit(&inventory)?;
-            frozen.release(Release::Kill)
+            hold.seal(&frozen)?;
+            let lasted = frozen.release(Release::Kill);
+            hold.silence();
+            lasted
         }
         other => {
+            // The gate opens, and the sockets are as they were.
+            drop(hold);
+            inventory.gate = None;
             let lasted = frozen.release(other);
             dir.commit(&inventory)?;
             lasted
@@ -146,9 +164,11 @@ fn write_images(
     dir: &ImageDir,
     frozen: &Frozen,
     surveyor: &mut Surveyor,
-) -> Result<(Pages, Links), DumpError> {
+    hold: Hold,
+) -> Result<(Pages, Links, Hold), DumpError> {
     let pids: Vec<Pid> = frozen.processes.iter().map(|p| p.pid).collect();
     let mut cx = Capture::new(dir, options, pids);
+    *cx.shelf.get() = hold;
     refuse_foreign(options, frozen, &mut cx);
 
     let alive: Vec<Pid> = frozen.alive().map(|p| p.pid).collect();
@@ -199,8 +219,9 @@ fn write_images(
     if !cx.refusals.is_empty() {
         return Err(DumpError::Refused(std::mem::take(&mut cx.refusals)));
     }
+    let hold = cx.shelf.take();
     dir.write_all(ImageKind::Files, &cx.into_files())?;
-    Ok((pages, links))
+    Ok((pages, links, hold))
 }
 
 fn refuse_foreign(options: &DumpOptions, frozen: &Frozen, cx: &mut Capture<'_>) {

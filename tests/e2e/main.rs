@@ -13,6 +13,7 @@ mod programs;
 mod registers;
 mod signals;
 mod survey;
+mod tcp;
 mod terminals;
 mod threads;
 mod timers;

@@ -13,6 +13,7 @@ use crate::freeze::Release;
 use crate::kernel::surveyor::Source;
 use crate::object::cgroup::Manage;
 use crate::object::outside::{External, Inherit};
+use crate::object::tcp::NetworkLock;
 
 #[derive(Debug, Args)]
 pub(super) struct DumpArgs {
@@ -54,9 +55,15 @@ pub(super) struct DumpArgs {
     /// Give TCP connections up: they are restored as closed sockets
     #[arg(long)]
     tcp_close: bool,
-    /// Keep TCP connections (not supported yet)
+    /// Keep TCP connections: their peers notice a pause
     #[arg(long, conflicts_with = "tcp_close")]
     tcp_established: bool,
+    /// Drop clients that no server has accepted yet
+    #[arg(long)]
+    skip_in_flight: bool,
+    /// How the packets of connections are held until the restore
+    #[arg(long, value_name = "METHOD", value_enum, default_value = "ebpf")]
+    network_lock: NetworkLock,
     /// Where the list of areas and descriptors comes from
     #[arg(long, value_name = "SOURCE", value_enum, default_value = "auto")]
     survey: Survey,
@@ -100,7 +107,6 @@ pub(super) fn run(args: DumpArgs) -> Outcome {
         std::fs::DirBuilder::new().create(&args.common.images_dir).ok();
     }
     log::start(&args.common)?;
-    super::refuse_tcp_established(args.tcp_established)?;
     let release = match (args.leave_running, args.leave_stopped) {
         (true, _) => Release::Resume,
         (_, true) => Release::Stop,
@@ -115,6 +121,9 @@ pub(super) fn run(args: DumpArgs) -> Outcome {
         shell_job: args.shell_job,
         ext_unix_sk: args.ext_unix_sk,
         tcp_close: args.tcp_close,
+        tcp_established: args.tcp_established,
+        skip_in_flight: args.skip_in_flight,
+        network_lock: args.network_lock,
         manage_cgroups: args.manage_cgroups,
         freeze_cgroup: args.freeze_cgroup,
         survey: match args.survey {

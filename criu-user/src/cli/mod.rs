@@ -1,6 +1,7 @@
 //! The command line: parses, calls the engine, prints. Names and meanings are those that users of CRIU type.
 
 mod dump;
+mod gate;
 mod log;
 mod restore;
 
@@ -23,6 +24,8 @@ enum Command {
     Dump(dump::DumpArgs),
     /// Bring a process tree back from its images
     Restore(restore::RestoreArgs),
+    /// Show or open the gates that hold connections of dumped trees
+    Gate(gate::GateArgs),
 }
 
 /// Options of every command that works on images.
@@ -63,6 +66,7 @@ pub fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Dump(args) => dump::run(args),
         Command::Restore(args) => restore::run(args),
+        Command::Gate(args) => gate::run(args),
     };
     match outcome {
         Ok(code) => code,
@@ -76,11 +80,3 @@ pub fn main() -> ExitCode {
 
 /// The outcome of a command.
 type Outcome = Result<ExitCode, Box<dyn std::error::Error>>;
-
-/// Connections that live on are work to come: better no dump than one that lets them die.
-fn refuse_tcp_established(wanted: bool) -> Result<(), Box<dyn std::error::Error>> {
-    if wanted {
-        return Err("--tcp-established is not supported yet; --tcp-close gives connections up".into());
-    }
-    Ok(())
-}

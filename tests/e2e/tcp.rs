@@ -1,0 +1,120 @@
+//! TCP connections: the program is moved, its peer outside of the tree goes on and must not notice.
+//!
+//! `E2E_CYCLES` says how often a stream is moved (5 times if it does not).
+
+use std::{env, fs};
+
+use e2e::{Options, Program, Row, Workload, rows, workload_rows};
+
+/// How often a stream is moved.
+fn cycles() -> u32 {
+    env::var("E2E_CYCLES").map_or(5, |text| text.parse().expect("E2E_CYCLES is a number"))
+}
+
+/// A program that listens, and a peer that has connected to it: both are ready for the second time.
+struct Pair {
+    program: Program,
+    peer: Program,
+}
+
+impl Pair {
+    fn start(case: &str, family: &str, rounds: u32) -> Self {
+        let workload =
+            |case: &str| Workload::new("tcp.py", case).env("E2E_FAMILY", family).env("E2E_ROUNDS", &rounds.to_string());
+        let mut program = workload(case).start();
+        let peer = workload(&format!("{case}_peer")).arg(number(&program, "port").to_string()).start();
+        program.next();
+        Self { program, peer }
+    }
+
+    /// Both check what they have, and end.
+    fn finish(mut self) {
+        // Each may need the other to end.
+        self.peer.go();
+        self.program.finish();
+        self.peer.wait_for_word("ok");
+    }
+
+    /// What the program could write is what the peer has read.
+    fn finish_and_compare(mut self) {
+        let sent = number(&self.program, "port");
+        self.peer.go();
+        self.program.finish();
+        self.peer.wait_for_word("ok");
+        assert_eq!(number(&self.peer, "received"), sent, "bytes that the peer has received");
+    }
+}
+
+/// A number that a program has written into a file.
+fn number(program: &Program, name: &str) -> u64 {
+    let text = fs::read_to_string(program.file(name)).unwrap_or_else(|error| panic!("the file {name}: {error}"));
+    text.parse().unwrap_or_else(|error| panic!("the file {name} says {text:?}: {error}"))
+}
+
+fn kept(row: &Row) -> Row {
+    row.with(Options::both(&["--tcp-established"]))
+}
+
+/// Dumps and restores, and sees to it that no gate is left.
+fn move_once(row: &Row, program: &Program) {
+    let images = row.dump(program);
+    row.restore(program, &images);
+    let gates = row.restorer.call(&["gate".into(), "list".into()], &images, "gate").expect_success();
+    let own = format!("{}-", program.pid());
+    assert!(!gates.printed.lines().any(|line| line.starts_with(&own)), "gates are left:\n{}", gates.printed);
+}
+
+fn streams(row: &Row, family: &str) {
+    let row = kept(row);
+    let mut pair = Pair::start("stream", family, cycles());
+    for round in 1..=cycles() {
+        move_once(&row, &pair.program);
+        if round < cycles() {
+            pair.program.next();
+        }
+    }
+    pair.program.go();
+    pair.peer.finish();
+    pair.program.wait_for_word("ok");
+}
+
+/// One state, whatever the family.
+fn state(row: &Row, case: &str, family: &str) {
+    let pair = Pair::start(case, family, 1);
+    move_once(&kept(row), &pair.program);
+    pair.finish();
+}
+
+fn unsent_end(row: &Row, case: &str, family: &str) {
+    let pair = Pair::start(case, family, 1);
+    move_once(&kept(row), &pair.program);
+    pair.finish_and_compare();
+}
+
+workload_rows! { "tcp.py", ["--tcp-established"];
+    pair
+    pair_half_closed
+}
+
+rows! {
+    stream_v4 => |row| streams(row, "v4");
+    stream_v6 => |row| streams(row, "v6");
+    stream_mapped => |row| streams(row, "mapped");
+
+    idle_v4 => |row| state(row, "idle", "v4");
+    idle_v6 => |row| state(row, "idle", "v6");
+    idle_mapped => |row| state(row, "idle", "mapped");
+    stuffed_v4 => |row| state(row, "stuffed", "v4");
+    stuffed_v6 => |row| state(row, "stuffed", "v6");
+
+    close_wait_v4 => |row| state(row, "close_wait", "v4");
+    close_wait_v6 => |row| state(row, "close_wait", "v6");
+    close_wait_mapped => |row| state(row, "close_wait", "mapped");
+    fin_wait2_v4 => |row| state(row, "fin_wait2", "v4");
+    fin_wait2_v6 => |row| state(row, "fin_wait2", "v6");
+    fin_wait2_mapped => |row| state(row, "fin_wait2", "mapped");
+    fin_wait1_v4 => |row| unsent_end(row, "fin_wait1", "v4");
+    fin_wait1_v6 => |row| unsent_end(row, "fin_wait1", "v6");
+    last_ack_v4 => |row| unsent_end(row, "last_ack", "v4");
+    last_ack_v6 => |row| unsent_end(row, "last_ack", "v6");
+}
