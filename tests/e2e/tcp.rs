@@ -91,9 +91,53 @@ fn unsent_end(row: &Row, case: &str, family: &str) {
     pair.finish_and_compare();
 }
 
+/// Both ends close at the same time: the peer does when the program has something to say still.
+fn closing(row: &Row, family: &str) {
+    let mut pair = Pair::start("closing", family, 1);
+    pair.peer.next();
+    pair.program.next();
+    move_once(&kept(row), &pair.program);
+    pair.finish_and_compare();
+}
+
+fn syn_sent(row: &Row) {
+    let mut peer = Workload::new("tcp.py", "full").start();
+    let workload = Workload::new("tcp.py", "syn_sent");
+    let port = number(&peer, "port");
+    let mut program = Program::start_with(&workload, "setsid", |command, dir| {
+        fs::write(dir.join("peer"), port.to_string()).expect("writing the peer's port");
+        let out = fs::File::create(dir.join("out")).expect("creating the output file");
+        command.stdin(std::process::Stdio::null()).stdout(out.try_clone().expect("dup")).stderr(out);
+    });
+    move_once(&kept(row), &program);
+    peer.go();
+    program.finish();
+    peer.wait_for_word("ok");
+}
+
+/// A client that nobody has accepted is reason for a refusal, unless it may be dropped.
+fn in_flight(row: &Row) {
+    let mut pair = Pair::start("in_flight", "v4", 1);
+    let images = row.next_images(&pair.program);
+    row.dumper.dump(&pair.program, &images, &kept(row).options).expect_refusal("skip-in-flight");
+    let skipping = row.with(Options { dump: vec!["--skip-in-flight".into()], ..Options::default() });
+    move_once(&skipping, &pair.program);
+    pair.peer.go();
+    pair.program.finish();
+    pair.peer.wait_for_word("ok");
+}
+
+fn refused(row: &Row, case: &str, reason: &str) {
+    let pair = Pair::start(case, "v4", 1);
+    let images = row.next_images(&pair.program);
+    row.dumper.dump(&pair.program, &images, &kept(row).options).expect_refusal(reason);
+    pair.finish();
+}
+
 workload_rows! { "tcp.py", ["--tcp-established"];
     pair
     pair_half_closed
+    never_connected
 }
 
 rows! {
@@ -117,4 +161,16 @@ rows! {
     fin_wait1_v6 => |row| unsent_end(row, "fin_wait1", "v6");
     last_ack_v4 => |row| unsent_end(row, "last_ack", "v4");
     last_ack_v6 => |row| unsent_end(row, "last_ack", "v6");
+    closing_v4 => |row| closing(row, "v4");
+    closing_v6 => |row| closing(row, "v6");
+    closed_v4 => |row| state(row, "closed", "v4");
+    closed_v6 => |row| state(row, "closed", "v6");
+    closed_mapped => |row| state(row, "closed", "mapped");
+    reset_v4 => |row| state(row, "reset", "v4");
+    reset_v6 => |row| state(row, "reset", "v6");
+    request_sent => syn_sent;
+    client_in_flight => in_flight;
+
+    urgent_data => |row| refused(row, "urgent", "urgent");
+    signed_packets => |row| kept(row).refused(&Workload::new("tcp.py", "signed"), "MD5");
 }

@@ -459,10 +459,82 @@ def closed_peer():
 
 
 @case
-def syn_sent():
-    """A connection that nobody has answered yet."""
+def reset():
+    """The peer has reset the connection, and the program does not know yet."""
+    sock = yield from serve()
+    reach(sock, CLOSE)
     yield
-    with open(path("port")) as file:
+    equal(state(sock), CLOSE, "state")
+    try:
+        sock.recv(10)
+        check(False, "it can be read from")
+    except ConnectionResetError:
+        pass
+    equal(sock.recv(10), b"", "afterwards")
+
+
+@case
+def reset_peer():
+    sock = call()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    time.sleep(0.2)
+    sock.close()
+    yield
+
+
+@case
+def never_connected():
+    """A connection that was refused: the socket can try again."""
+    sock = socket.socket()
+    free = socket.socket()
+    free.bind(("127.0.0.1", 0))
+    try:
+        sock.connect(free.getsockname())
+    except ConnectionRefusedError:
+        pass
+    yield
+    free.listen(1)
+    sock.connect(free.getsockname())
+    equal(state(sock), ESTABLISHED, "state")
+
+
+@case
+def urgent():
+    """Urgent data that was not read."""
+    sock = yield from serve()
+    wait_for(lambda: select.select([], [], [sock], 0)[2], "urgent data", 20)
+    yield
+    equal(sock.recv(1, socket.MSG_OOB), b"!", "urgent data")
+
+
+@case
+def urgent_peer():
+    sock = call()
+    sock.send(b"!", socket.MSG_OOB)
+    yield
+
+
+@case
+def signed():
+    """Signed packets."""
+    sock = listener()
+    key = struct.pack("<HH4s120xBBHI80s", socket.AF_INET, 0, socket.inet_aton("127.0.0.1"), 0, 0, 3, 0, b"key")
+    sock.setsockopt(socket.IPPROTO_TCP, 14, key)
+    client = socket.socket()
+    own = struct.pack("<H2s4s120xBBHI80s", socket.AF_INET, struct.pack(">H", 0), socket.inet_aton("127.0.0.1"), 0, 0, 3, 0, b"key")
+    client.setsockopt(socket.IPPROTO_TCP, 14, own)
+    client.connect(sock.getsockname())
+    session, _ = sock.accept()
+    yield
+    client.send(b"x")
+    equal(session.recv(10), b"x", "the connection")
+
+
+@case
+def syn_sent():
+    """A connection that nobody has answered yet: the peer has so many clients that it answers no more of them."""
+    wait_for(lambda: os.path.exists(path("peer")), "the peer's port", 20)
+    with open(path("peer")) as file:
         port = int(file.read())
     sock = socket.socket()
     sock.setblocking(False)
@@ -482,15 +554,15 @@ def syn_sent():
 
 
 @case
-def syn_sent_peer():
-    """Has so many clients that it answers no more of them, until it takes one."""
+def full():
+    """The peer of that: takes a client when the program is back."""
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     sock.listen(0)
+    waiting = [socket.create_connection(sock.getsockname())]
     announce(sock.getsockname()[1])
-    full = [socket.create_connection(sock.getsockname())]
     yield
-    full.append(sock.accept()[0])
+    waiting.append(sock.accept()[0])
     sock.settimeout(20)
     end, _ = sock.accept()
     equal(end.recv(100), b"here I am", "what the program says")

@@ -96,13 +96,15 @@ pub struct Info {
     pub waiting: u32,
     /// Of a listening socket: how many may.
     pub backlog: u32,
+    /// The window that the peer offers.
+    pub snd_wnd: u32,
 }
 
 /// Asks for it.
 pub fn info(fd: impl AsFd) -> SysResult<Info> {
     // struct tcp_info: state, …, options at 5, scales in one byte at 6, words from 8 on; of a listening socket
     // `tcpi_unacked` and `tcpi_sacked` are its queue and its limit (tcp_get_info).
-    const ROOM: usize = 32;
+    const ROOM: usize = 232;
     let bytes = option(fd, SOL, libc::TCP_INFO, ROOM)?;
     let byte = |at: usize| bytes.get(at).copied().unwrap_or(0);
     let word = |at: usize| u32::from_le_bytes([byte(at), byte(at + 1), byte(at + 2), byte(at + 3)]);
@@ -113,6 +115,7 @@ pub fn info(fd: impl AsFd) -> SysResult<Info> {
         rcv_wscale: byte(6) >> 4,
         waiting: word(24),
         backlog: word(28),
+        snd_wnd: word(228),
     })
 }
 
@@ -247,6 +250,16 @@ pub fn append(fd: impl AsFd, bytes: &[u8]) -> SysResult<()> {
         }
     }
     Ok(())
+}
+
+/// Whether a reader comes to an end: POLLRDHUP of poll(2), which `nix` does not know.
+pub fn has_end(fd: impl AsFd) -> SysResult<bool> {
+    let number = fd.as_fd().as_raw_fd();
+    let mut poll = libc::pollfd { fd: number, events: libc::POLLRDHUP, revents: 0 };
+    // SAFETY: one element, which lives.
+    Errno::result(unsafe { libc::poll(&raw mut poll, 1, 0) })
+        .map_err(|e| SysError::new("poll", format!("fd {number}"), e))?;
+    Ok(poll.revents & libc::POLLRDHUP != 0)
 }
 
 /// Sends at once what can be: TCP_CORK, taken away.

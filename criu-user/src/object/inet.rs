@@ -11,10 +11,11 @@ use nix::sys::stat::SFlag;
 use super::ObjectError;
 use super::file::{Capture, FileKind, Planner, Seen};
 use super::sockopt::{self, state};
+use super::tcp::ends::sockaddr;
 use super::tcp::revive::Revival;
-use super::tcp::{Ends, Hold, options};
+use super::tcp::{Ends, Hold, capture, options};
 use crate::image::proto::{FdTypes, FileEntry, InetSkEntry, IpOptsEntry};
-use crate::kernel::{SysResult, fd, socket, tcp};
+use crate::kernel::{SysResult, fd, socket};
 use crate::plan::{Deed, FileRef, Opened, Opener, Stage};
 
 /// Internet sockets.
@@ -40,13 +41,14 @@ const V6_NUMBERS: [IpNumber; 2] = [
     (libc::SOL_IPV6, libc::IPV6_TCLASS, |o| &mut o.traffic_class),
     (libc::SOL_IPV6, libc::IPV6_UNICAST_HOPS, |o| &mut o.hops),
 ];
-const IPPROTO_MPTCP: i32 = 262;
+/// Of include/uapi/linux/in.h.
+pub(super) const IPPROTO_MPTCP: i32 = 262;
 
 fn is_tcp(protocol: u32) -> bool {
     [libc::IPPROTO_TCP, IPPROTO_MPTCP].contains(&(protocol as i32))
 }
 
-fn is_connection(entry: &InetSkEntry) -> bool {
+pub(super) fn is_connection(entry: &InetSkEntry) -> bool {
     is_tcp(entry.proto) && ![state::LISTEN, state::CLOSE].contains(&entry.state)
 }
 
@@ -77,7 +79,7 @@ impl FileKind for Inet {
         };
         addresses(&seen.file, &mut entry)?;
         match entry.r#type as i32 {
-            libc::SOCK_STREAM if is_tcp(entry.proto) => tcp_state(seen, cx, &mut entry)?,
+            libc::SOCK_STREAM if is_tcp(entry.proto) => capture::capture(seen, cx, &mut entry)?,
             libc::SOCK_DGRAM if [libc::IPPROTO_UDP, libc::IPPROTO_UDPLITE].contains(&(entry.proto as i32)) => {}
             other => cx.refuse(seen.refuse(
                 format!("internet socket of type {other} and protocol {}", entry.proto),
@@ -127,41 +129,6 @@ fn scope(entry: &InetSkEntry) -> u32 {
     entry.ifname.as_ref().and_then(|name| interfaces().find(|(n, _)| n == name)).map_or(0, |(_, n)| n)
 }
 
-/// The state of a TCP socket, from TCP_INFO: it is right where sock_diag(7) does not list a socket at all.
-fn tcp_state(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry) -> Result<(), ObjectError> {
-    let info = tcp::info(&seen.file)?;
-    entry.state = info.state.into();
-    let opts = options::capture(&seen.file)?;
-    (entry.opts.tcp_keepcnt, entry.opts.tcp_keepidle, entry.opts.tcp_keepintvl) =
-        (opts.keepcnt, opts.keepidle, opts.keepintvl);
-    entry.tcp_opts = Some(opts);
-    if entry.state == state::LISTEN {
-        entry.backlog = info.backlog;
-        if info.waiting > 0 && !cx.options.tcp_close && !cx.options.skip_in_flight {
-            cx.refuse(seen.refuse(
-                format!("{} TCP client(s) wait to be accepted by the server on port {}", info.waiting, entry.src_port),
-                "dump when it has accepted them, or give --skip-in-flight to drop them",
-            ));
-        }
-    } else if is_connection(entry) && !cx.options.tcp_close {
-        connection(seen, cx, entry)?;
-    }
-    Ok(())
-}
-
-/// A connection is held to be read when all are known, or refused.
-fn connection(seen: &Seen, cx: &mut Capture<'_>, entry: &InetSkEntry) -> Result<(), ObjectError> {
-    let ends = Ends::of(entry, 0);
-    if !cx.options.tcp_established {
-        cx.refuse(seen.refuse(
-            format!("TCP connection {ends} (state {})", entry.state),
-            "give --tcp-established to keep it, or --tcp-close to have it restored as a closed socket",
-        ));
-        return Ok(());
-    }
-    cx.shelf.get::<Hold>().add(seen, ends)
-}
-
 fn ip_options(seen: &Seen) -> Result<IpOptsEntry, ObjectError> {
     let v6 = sockopt::family(&seen.file) == Some(libc::AF_INET6);
     let mut opts = IpOptsEntry::default();
@@ -191,6 +158,11 @@ fn addresses(file: &OwnedFd, entry: &mut InetSkEntry) -> Result<(), ObjectError>
         entry.ifname = interfaces().find(|(_, index)| scope != 0 && *index == scope).map(|(name, _)| name);
     }
     Ok(())
+}
+
+/// An end of a connection, as images have it.
+pub(super) fn split_end(end: std::net::SocketAddr) -> (Vec<u32>, u32) {
+    split(&sockaddr(end), end.is_ipv6())
 }
 
 fn split(address: &[u8], v6: bool) -> (Vec<u32>, u32) {

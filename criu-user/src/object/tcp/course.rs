@@ -16,11 +16,22 @@ use super::state::{Numbers, State};
 use crate::image::proto::TcpStreamEntry;
 use crate::kernel::tcp::{Negotiated, Queue, Repair, Window, options};
 
+/// What a packet says besides what it acknowledges.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flag {
+    /// Nothing.
+    None,
+    /// That its side of the stream ends here.
+    Fin,
+    /// That there is no such connection.
+    Reset,
+}
+
 /// A packet without data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Segment {
-    /// Whether it ends its side of the stream.
-    pub fin: bool,
+    /// What it says besides.
+    pub flag: Flag,
     /// Its number.
     pub seq: u32,
     /// What it acknowledges.
@@ -110,6 +121,8 @@ impl Course {
                 self.make.push(Step::FromPeer(packets.peer_fin()));
                 self.release.push(Step::Fin);
             }
+            // Numbers of a connection that was reset are nobody's any more, so they may be counted as of one that ended.
+            State::Close if packets.stream.reset() => self.make.push(Step::FromPeer(packets.reset())),
             State::Close => self.make.extend([
                 Step::FromPeer(packets.peer_fin()),
                 Step::FinAsSent,
@@ -203,13 +216,18 @@ impl Packets<'_> {
     /// The peer's FIN. It acknowledges what the peer had acknowledged.
     fn peer_fin(&self) -> Segment {
         let Numbers { received_to, sent_from, .. } = self.numbers;
-        Segment { fin: true, seq: received_to, ack: sent_from, window: self.peers_window() }
+        Segment { flag: Flag::Fin, seq: received_to, ack: sent_from, window: self.peers_window() }
     }
 
     /// The peer's acknowledgement of our FIN, behind `before` FINs of its own.
     fn ack_of_fin(&self, before: u32) -> Segment {
         let (seq, ack) = (self.numbers.received_to.wrapping_add(before), self.numbers.written_to.wrapping_add(1));
-        Segment { fin: false, seq, ack, window: self.peers_window() }
+        Segment { flag: Flag::None, seq, ack, window: self.peers_window() }
+    }
+
+    /// The peer's word that it knows of no connection.
+    fn reset(&self) -> Segment {
+        Segment { flag: Flag::Reset, ..self.peer_fin() }
     }
 
     /// What tells the peer that we are there. It acknowledges everything once more, as the first acknowledgement may
@@ -219,7 +237,7 @@ impl Packets<'_> {
         let fin = u32::from(state == State::FinWait2);
         let ack = self.numbers.received_to.wrapping_add(state.has_received_fin().into());
         let window = scaled(self.stream.rcv_wnd.unwrap_or(u16::MAX.into()), self.stream.rcv_wscale());
-        let segment = |seq: u32| Step::ToPeer(Segment { fin: false, seq, ack, window });
+        let segment = |seq: u32| Step::ToPeer(Segment { flag: Flag::None, seq, ack, window });
         let mut steps = vec![segment(self.numbers.sent_to.wrapping_add(fin))];
         if self.numbers.sent_from != self.numbers.sent_to {
             steps.push(segment(self.numbers.sent_from.wrapping_sub(1)));
@@ -274,7 +292,11 @@ mod tests {
         let names = course.make.iter().chain(&course.release).filter_map(|step| match step {
             Step::Fin => Some("fin"),
             Step::FinAsSent => Some("fin as sent"),
-            Step::FromPeer(segment) => Some(if segment.fin { "peer's fin" } else { "ack" }),
+            Step::FromPeer(segment) => Some(match segment.flag {
+                Flag::None => "ack",
+                Flag::Fin => "peer's fin",
+                Flag::Reset => "reset",
+            }),
             _ => None,
         });
         names.collect()
@@ -301,7 +323,7 @@ mod tests {
         ];
         assert_eq!(course.make, make);
         assert_eq!(course.release, [Step::Repair(Repair::Off), Step::Write(20..40)]);
-        let nudge = |seq| Step::ToPeer(Segment { fin: false, seq, ack: 1010, window: 2 });
+        let nudge = |seq| Step::ToPeer(Segment { flag: Flag::None, seq, ack: 1010, window: 2 });
         assert_eq!(course.resume, [nudge(2010), nudge(1999), Step::Push]);
     }
 
@@ -317,9 +339,16 @@ mod tests {
     }
 
     #[test]
+    fn a_reset_comes_again() {
+        let course = Course::of(State::Close, &TcpStreamEntry { reset: Some(true), ..stream() }).unwrap();
+        let reset = |step: &Step| matches!(step, Step::FromPeer(Segment { flag: Flag::Reset, seq: 1009, .. }));
+        assert!(course.make.last().is_some_and(reset), "{:?}", course.make);
+    }
+
+    #[test]
     fn a_fin_that_comes_again_has_its_number_and_room() {
         let course = course(State::CloseWait);
-        let fin = Segment { fin: true, seq: 1009, ack: 2000, window: 511 };
+        let fin = Segment { flag: Flag::Fin, seq: 1009, ack: 2000, window: 511 };
         assert_eq!(course.make.last(), Some(&Step::FromPeer(fin)));
         let windows = |step: &Step| matches!(step, Step::Window(w) if w.rcv_wnd == 513 && w.rcv_wup == 1009);
         assert!(course.make.iter().any(windows), "{:?}", course.make);
@@ -329,7 +358,7 @@ mod tests {
     fn our_fin_is_acknowledged_behind_our_data() {
         let stream = TcpStreamEntry { outq_len: 0, unsq_len: Some(0), ..stream() };
         let course = Course::of(State::FinWait2, &stream).unwrap();
-        let ack = Segment { fin: false, seq: 1010, ack: 2030, window: 511 };
+        let ack = Segment { flag: Flag::None, seq: 1010, ack: 2030, window: 511 };
         assert_eq!(course.make.last(), Some(&Step::FromPeer(ack)));
     }
 

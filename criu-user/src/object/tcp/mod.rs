@@ -23,6 +23,7 @@
 //! # }
 //! ```
 
+pub mod capture;
 pub mod course;
 pub mod ends;
 pub mod hold;

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use etherparse::PacketBuilder;
 
-use super::course::Segment;
+use super::course::{Flag, Segment};
 use super::ends::Ends;
 use super::read::TcpError;
 
@@ -20,9 +20,11 @@ pub fn build(ends: &Ends, segment: &Segment) -> Result<Vec<u8>, TcpError> {
         _ => return Err(failed("one address is IPv4, the other IPv6".into())),
     };
     let mut tcp = ip.tcp(local.port(), remote.port(), segment.seq, segment.window).ack(segment.ack);
-    if segment.fin {
-        tcp = tcp.fin();
-    }
+    tcp = match segment.flag {
+        Flag::None => tcp,
+        Flag::Fin => tcp.fin(),
+        Flag::Reset => tcp.rst(),
+    };
     let mut bytes = Vec::with_capacity(tcp.size(0));
     tcp.write(&mut bytes, &[]).map_err(|e| failed(e.to_string()))?;
     Ok(bytes)
@@ -36,7 +38,7 @@ mod tests {
 
     fn check(local: &str, remote: &str, v4: bool) {
         let ends = Ends { local: local.parse().unwrap(), remote: remote.parse().unwrap() };
-        let segment = Segment { fin: true, seq: 7, ack: u32::MAX, window: 512 };
+        let segment = Segment { flag: Flag::Fin, seq: 7, ack: u32::MAX, window: 512 };
         let bytes = build(&ends, &segment).unwrap();
         let packet = SlicedPacket::from_ip(&bytes).unwrap();
         assert_eq!(matches!(packet.net, Some(NetSlice::Ipv4(_))), v4);

@@ -6,8 +6,11 @@
 
 use std::os::fd::AsFd;
 
+use nix::poll::PollFlags;
+
 use super::state::State;
 use crate::image::proto::TcpStreamEntry;
+use crate::kernel::fd::poll_now;
 use crate::kernel::tcp::{self, Lengths, Queue, Repair, options};
 use crate::kernel::{SysError, socket};
 
@@ -105,6 +108,10 @@ fn read_once(fd: std::os::fd::BorrowedFd<'_>) -> Result<Connection, TcpError> {
         timestamp: if stamped { Some(tcp::timestamp(fd)?) } else { None },
         ..TcpStreamEntry::default()
     };
+    // An error that the program has not seen yet. Asking which would take it away; there are few others than a reset.
+    if state == State::Close && poll_now(fd, PollFlags::empty())?.contains(PollFlags::POLLERR) {
+        stream.reset = Some(true);
+    }
     let window = tcp::window(fd)?;
     stream.snd_wl1 = Some(window.snd_wl1);
     stream.snd_wnd = Some(window.snd_wnd);
