@@ -256,6 +256,30 @@ def idle_peer():
 
 
 @case
+def quiet():
+    """A connection that each end has said something on, and waits to be read."""
+    sock = yield from serve()
+    sock.sendall(b"to the peer")
+    wait_for(lambda: unread(sock) == 14, "what the peer says", 20)
+    seen = info(sock), sock.getsockname(), sock.getpeername()
+    yield
+    equal((info(sock), sock.getsockname(), sock.getpeername()), seen, "state, options, scales, addresses")
+    equal(sock.recv(100), b"to the program", "what the peer said")
+    sock.sendall(b"goodbye")
+    sock.shutdown(socket.SHUT_WR)
+    equal(everything(sock), b"farewell", "the end")
+
+
+@case
+def quiet_peer():
+    sock = call()
+    sock.sendall(b"to the program")
+    yield
+    equal(everything(sock), b"to the peergoodbye", "what the program says")
+    sock.sendall(b"farewell")
+
+
+@case
 def stuffed():
     """As much as fits into the queues, both ways."""
     sock = yield from serve()
