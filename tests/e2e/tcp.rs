@@ -181,6 +181,104 @@ rows! {
     signed_packets => |row| kept(row).refused(&Workload::new("tcp.py", "signed"), "MD5");
 }
 
+/// The engine is killed at random moments: the connection lives on, in the program that was to be dumped or in the one
+/// that a second restore brings back.
+mod killed {
+    use std::{path::Path, time::Instant};
+
+    use e2e::{proc, reaper};
+
+    use super::*;
+    use crate::killed::{Moments, kills, wait_unharmed};
+
+    /// Waits until more of the stream has passed, both ways.
+    fn wait_for_progress(pair: &Pair) {
+        let progress = || fs::read_to_string(pair.program.file("progress")).ok()?.parse::<u64>().ok();
+        let (before, end) = (progress(), Instant::now() + Duration::from_secs(20));
+        while progress() <= before {
+            assert!(Instant::now() < end, "the stream stands still at {before:?}\n{}", pair.program.log());
+            sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn runs(program: &Program) -> bool {
+        proc::stat(program.pid()).is_some_and(|(state, _)| state != 'Z')
+    }
+
+    /// Gates of this program's that are closed.
+    fn gates(row: &Row, program: &Program, images: &Path) -> Vec<String> {
+        let listed = row.restorer.call(&["gate".into(), "list".into()], images, "gate").expect_success().printed;
+        let own = format!("{}-", program.pid());
+        let names = listed.lines().filter(|line| line.starts_with(&own)).filter_map(|line| line.split(' ').next());
+        names.map(str::to_owned).collect()
+    }
+
+    fn in_a_dump(row: &Row) {
+        let row = kept(row);
+        let pair = Pair::start("endless", "v4", 1);
+        let images = row.next_images(&pair.program);
+        let whole = row.dumper.dump(&pair.program, &images, &row.options).expect_success().took.mul_f32(1.3);
+        pair.program.expect_gone(&[pair.program.pid()].into());
+        row.restore(&pair.program, &images);
+        let mut moments = Moments::new();
+        let mut restored = 0;
+        for _ in 0..kills() {
+            wait_for_progress(&pair);
+            let images = row.next_images(&pair.program);
+            fs::create_dir_all(&images).expect("creating a directory");
+            let words = row.dumper.dump_words(&pair.program, &images, &row.options);
+            row.dumper.killed_after(&words, moments.within(whole));
+            // What is to be killed by somebody who goes on without the engine may still be.
+            sleep(Duration::from_millis(20));
+            reaper::try_reap(pair.program.pid());
+            if runs(&pair.program) {
+                wait_unharmed(&pair.program);
+                assert_eq!(gates(&row, &pair.program, &images), [""; 0], "the program runs, and its gate is closed");
+            } else {
+                pair.program.expect_gone(&[pair.program.pid()].into());
+                row.restore(&pair.program, &images);
+                restored += 1;
+            }
+        }
+        println!("{restored} of {} dumps were complete", kills());
+        wait_for_progress(&pair);
+        pair.finish();
+    }
+
+    fn in_a_restore(row: &Row) {
+        let row = kept(row);
+        let pair = Pair::start("endless", "v4", 1);
+        let images = row.dump(&pair.program);
+        let whole = row.restore(&pair.program, &images).outcome.took;
+        let mut moments = Moments::new();
+        for _ in 0..kills() {
+            wait_for_progress(&pair);
+            let images = row.dump(&pair.program);
+            let words = row.restorer.restore_words(&images, &row.options);
+            row.restorer.killed_after(&words, moments.within(whole));
+            sleep(Duration::from_millis(20));
+            reaper::try_reap(pair.program.pid());
+            if runs(&pair.program) {
+                // All but the last step was done.
+                for gate in gates(&row, &pair.program, &images) {
+                    let words = ["gate".into(), "clear".into(), gate.into()];
+                    row.restorer.call(&words, &images, "gate").expect_success();
+                }
+            } else {
+                pair.program.expect_gone(&[pair.program.pid()].into());
+                row.restore(&pair.program, &images);
+            }
+        }
+        wait_for_progress(&pair);
+        pair.finish();
+    }
+
+    rows! {
+        dump => in_a_dump;
+        restore => in_a_restore;
+    }
+}
+
 /// Images are exchanged with CRIU. Its own lock needs netfilter rules that only it takes away again, so neither engine
 /// locks anything, and the peers are silent meanwhile.
 mod interop {

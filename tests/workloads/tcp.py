@@ -207,6 +207,29 @@ def stream_peer():
 
 
 @case
+def endless():
+    """The same for as long as the test likes: says in a file how far the stream is."""
+    sock = yield from serve()
+    flow = Stream(sock)
+
+    def tell():
+        while not flow.stop.is_set():
+            with open(path("progress.new"), "w") as file:
+                file.write(str(0 if flow.failure else min(flow.sent, flow.received)))
+            os.rename(path("progress.new"), path("progress"))
+            time.sleep(0.01)
+
+    threading.Thread(target=tell, daemon=True).start()
+    yield
+    flow.end()
+
+
+@case
+def endless_peer():
+    yield from stream_peer()
+
+
+@case
 def idle():
     """A connection on which nothing happens, and its options."""
     sock = yield from serve()

@@ -11,7 +11,7 @@ use super::packet;
 use super::read::TcpError;
 use crate::kernel::socket::{self, Extra};
 use crate::kernel::tcp::{self, Queue};
-use crate::kernel::{SysResult, fd};
+use crate::kernel::{SysResult, fd, inet_diag};
 
 /// Makes steps on a socket; `data` is what [`super::Connection::data`] was.
 pub fn perform(made: impl AsFd, ends: &Ends, data: &[u8], steps: &[Step]) -> Result<(), TcpError> {
@@ -49,10 +49,19 @@ fn perform_one(made: BorrowedFd<'_>, ends: &Ends, data: &[u8], step: &Step) -> R
 }
 
 /// In repair mode this is instant; a request for a connection is not waited for.
+///
+/// Where an engine was killed after its dump, the kernel may still be trying to tell the peer of the end of the old
+/// socket, and be held by the gate. It is not to, and the new socket takes its place.
 fn connect(made: BorrowedFd<'_>, ends: &Ends) -> SysResult<()> {
     let flags = fd::flags(made)?;
     fd::set_flags(made, flags | libc::O_NONBLOCK)?;
-    match socket::connect(made, &sockaddr(ends.remote)) {
+    let address = sockaddr(ends.remote);
+    let mut outcome = socket::connect(made, &address);
+    if outcome.as_ref().is_err_and(|e| e.errno == Errno::EADDRNOTAVAIL) {
+        inet_diag::destroy(ends.local, ends.remote)?;
+        outcome = socket::connect(made, &address);
+    }
+    match outcome {
         Err(e) if e.errno == Errno::EINPROGRESS => {}
         other => other?,
     }
