@@ -14,6 +14,7 @@ mod registers;
 mod signals;
 mod survey;
 mod tcp;
+mod tcp_programs;
 mod terminals;
 mod threads;
 mod timers;
