@@ -22,6 +22,7 @@ use crate::object::file::Capture;
 use crate::object::ghost::{self, Links};
 use crate::object::memory::Pages;
 use crate::object::outside::{External, Inherit};
+use crate::object::tcp::{Hold, NetworkLock};
 use crate::object::{
     ObjectError, Refusal, apart, cgroup, clocks, fs, locks, memfd, memory, seccomp, shmem, task, tree, waits,
 };
@@ -46,6 +47,12 @@ pub struct DumpOptions {
     pub ext_unix_sk: bool,
     /// Whether TCP connections are given up.
     pub tcp_close: bool,
+    /// Whether TCP connections are kept.
+    pub tcp_established: bool,
+    /// Whether clients that nobody has accepted yet are dropped.
+    pub skip_in_flight: bool,
+    /// How the packets of connections are held meanwhile.
+    pub network_lock: NetworkLock,
     /// Where the survey comes from.
     pub survey: Source,
     /// What belongs to somebody outside of the tree.
@@ -135,15 +142,19 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
     info!(pid = options.pid.as_raw(), images = %dir.path().display(), "dump of the tree");
     tell(observer, Moment::PreDump, Some(options.pid))?;
     let mut surveyor = Surveyor::choose(options.survey, options.pid)?;
+    let hold = match options.tcp_established {
+        true => Hold::prepare(options.pid, options.network_lock).map_err(ObjectError::from)?,
+        false => Hold::default(),
+    };
     let frozen = freeze::freeze(options.pid, options.timeout, options.freeze_cgroup.as_deref())?;
     let (processes, threads) = (frozen.processes.len(), frozen.processes.iter().map(|p| p.threads.len()).sum());
     info!(processes, threads, took = ?frozen.took, "the tree stands still");
     let writing = Instant::now();
-    let (pages, links) = write_images(options, observer, &dir, &frozen, &mut surveyor)?;
+    let (pages, links, hold) = write_images(options, observer, &dir, &frozen, &mut surveyor, hold)?;
     let writing = writing.elapsed();
     info!(pages = pages.written, took = ?writing, "images are written");
     let freezing = frozen.took;
-    let frozen = release(options, observer, &dir, frozen)?;
+    let frozen = release(options, observer, &dir, frozen, hold)?;
     links.keep();
     let bytes_written = pages.written * PAGE;
     let summary = Summary {
@@ -174,8 +185,12 @@ fn release(
     observer: &dyn Observer,
     dir: &ImageDir,
     frozen: Frozen,
+    mut hold: Hold,
 ) -> Result<Duration, DumpError> {
-    let inventory = inventory(&frozen)?;
+    let mut inventory = inventory(&frozen)?;
+    if options.release == Release::Kill {
+        hold.describe(&mut inventory);
+    }
     let commit = || -> Result<(), DumpError> {
         let begin = Instant::now();
         dir.commit(&inventory)?;
@@ -190,7 +205,19 @@ fn release(
             return Err(objection.into());
         }
     }
-    let lasted = frozen.release(options.release);
+    let lasted = if options.release == Release::Kill {
+        if let Err(err) = hold.seal(&frozen) {
+            dir.withdraw()?;
+            return Err(err.into());
+        }
+        let lasted = frozen.release(Release::Kill);
+        hold.silence();
+        lasted
+    } else {
+        // The gate opens, and the sockets are as they were.
+        drop(hold);
+        frozen.release(options.release)
+    };
     info!(frozen = ?lasted, "the tree {}", match options.release {
         Release::Kill => "is killed",
         Release::Stop => "is left stopped",
@@ -208,13 +235,15 @@ fn write_images(
     dir: &ImageDir,
     frozen: &Frozen,
     surveyor: &mut Surveyor,
-) -> Result<(Pages, Links), DumpError> {
+    hold: Hold,
+) -> Result<(Pages, Links, Hold), DumpError> {
     let pids: Vec<Pid> = frozen.processes.iter().map(|p| p.pid).collect();
     let mut cx = Capture::new(dir, options, observer, pids);
+    *cx.shelf.get() = hold;
     match write_all(options, dir, frozen, surveyor, &mut cx) {
         // What cannot be dumped may have been in the way of reading something else.
         Err(_) if !cx.refusals.is_empty() => Err(DumpError::Refused(cx.refusals)),
-        outcome => outcome,
+        outcome => outcome.map(|(pages, links)| (pages, links, cx.shelf.take())),
     }
 }
 

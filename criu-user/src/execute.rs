@@ -14,13 +14,14 @@ use crate::agent::batch::{HEADER, RECORD};
 use crate::agent::crew::{LEADER_SLOT, THREAD_SLOT};
 use crate::agent::{AgentError, Arg as BatchArg, Batch, CallId, Crew, Member, Outcome, Room, crew};
 use crate::kernel::clone;
+use crate::kernel::ebpf::Gate;
 use crate::kernel::mem::ProcessMemory;
 use crate::kernel::ptrace::{self, Stop};
 use crate::kernel::survey::{self, PAGE, Vma};
 use crate::kernel::{SysError, error::During};
 use crate::object::{ObjectError, clocks};
 use crate::observer::{Moment, Objection, Observer, tell};
-use crate::plan::{Arg, Call, Expect, KernelArea, Opened, Plan, Role, Stage, Task, TaskRef};
+use crate::plan::{Arg, Call, Deed, Expect, KernelArea, Opened, Plan, Role, Stage, Task, TaskRef};
 use crate::restore::RestoreOptions;
 use crate::waiting;
 
@@ -54,6 +55,16 @@ pub enum ExecuteError {
         what: String,
         /// Why.
         source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// Connections stay held.
+    #[error(
+        "{source}; the connections of the tree are still held: restore again, or give them up with `criu-ebpf gate clear {gate}`"
+    )]
+    Locked {
+        /// The gate.
+        gate: String,
+        /// Why the restore failed.
+        source: Box<ExecuteError>,
     },
     /// A task's call failed.
     #[error("tid {tid}: {call} = {result} while restoring: {why}")]
@@ -103,7 +114,15 @@ pub enum ExecuteError {
 
 /// Carries out a plan and gives the root of the tree.
 pub fn execute(plan: &Plan, options: &RestoreOptions, observer: &dyn Observer) -> Result<Pid, ExecuteError> {
+    execute_locked(plan, options, observer).map_err(|source| match &plan.connections.gate {
+        Some(gate) => ExecuteError::Locked { gate: gate.clone(), source: Box::new(source) },
+        None => source,
+    })
+}
+
+fn execute_locked(plan: &Plan, options: &RestoreOptions, observer: &dyn Observer) -> Result<Pid, ExecuteError> {
     refuse_taken_pids(plan)?;
+    let gate = options.network_lock.close(&plan.connections).map_err(ObjectError::from)?;
     let mut opened = Opened::default();
     for opener in &plan.opens {
         debug!("{}", opener.describe());
@@ -116,7 +135,7 @@ pub fn execute(plan: &Plan, options: &RestoreOptions, observer: &dyn Observer) -
     let mask = |set: &SigSet| sigprocmask(SigmaskHow::SIG_SETMASK, Some(set), None).during("sigprocmask", "restore");
     let before = SigSet::thread_get_mask().during("sigprocmask", "restore")?;
     mask(&SigSet::all())?;
-    let outcome = execute_blocked(plan, options, observer, opened);
+    let outcome = execute_blocked(plan, options, observer, opened, gate);
     mask(&before)?;
     outcome
 }
@@ -126,6 +145,7 @@ fn execute_blocked(
     options: &RestoreOptions,
     observer: &dyn Observer,
     opened: Opened,
+    gate: Option<Gate>,
 ) -> Result<Pid, ExecuteError> {
     if let Some(offsets) = &plan.clocks {
         clocks::enter(offsets)?;
@@ -134,7 +154,7 @@ fn execute_blocked(
     let crew = Crew::new(layout.crew, &layout.members(plan))?;
     let mut kernel_at = vec![Vec::new(); plan.tasks.len()];
     kernel_at[0] = layout.kernel.clone();
-    let mut run = Run { plan, options, observer, crew, layout, opened, kernel_at, rseq: None };
+    let mut run = Run { plan, options, observer, crew, layout, opened, gate, kernel_at, rseq: None };
     let root = run.spawn()?;
     info!(pid = root.as_raw(), "the root of the tree is there");
     if plan.clocks.is_some()
@@ -248,6 +268,8 @@ struct Run<'a> {
     crew: Crew,
     layout: Layout,
     opened: Opened,
+    /// Holds the packets of connections.
+    gate: Option<Gate>,
     /// Where the kernel's own areas of each task are just now.
     kernel_at: Vec<Vec<KernelArea>>,
     /// Gives up the first task's inherited registration of restartable sequences: its memory goes away.
@@ -321,19 +343,35 @@ impl Run<'_> {
                 self.deeds(stage)?;
             }
         }
+        self.plan.connections.release.iter().try_for_each(|release| self.deed(release.as_ref()))?;
         info!(tasks = born.len(), "all tasks are complete");
         tell(self.observer, Moment::PostRestore, Some(root))?;
         // Whoever waits for the end of a pipe must not find us at the other one.
-        self.opened = Opened::default();
+        self.opened.keep_only(&self.plan.connections.files);
         self.go(root, &born)
     }
 
     /// What the engine does after a stage.
     fn deeds(&self, stage: Stage) -> Result<(), ExecuteError> {
-        self.plan.deeds.iter().filter(|(s, _)| *s == stage).try_for_each(|(_, deed)| {
-            debug!("{}", deed.describe());
-            deed.run(&self.opened).map_err(|source| ExecuteError::Deed { what: deed.describe(), source })
-        })
+        self.plan.deeds.iter().filter(|(s, _)| *s == stage).try_for_each(|(_, deed)| self.deed(deed.as_ref()))
+    }
+
+    fn deed(&self, deed: &dyn Deed) -> Result<(), ExecuteError> {
+        debug!("{}", deed.describe());
+        deed.run(&self.opened).map_err(|source| ExecuteError::Deed { what: deed.describe(), source })
+    }
+
+    /// Lets packets of connections pass. Nothing can be taken back any more: what fails is told.
+    fn connect(&mut self) {
+        if let Some(err) = self.gate.take().and_then(|gate| gate.open().err()) {
+            tracing::error!(%err, "the connections of the tree are still held");
+        }
+        for deed in &self.plan.connections.resume {
+            if let Err(err) = deed.run(&self.opened) {
+                warn!(%err, "{} did not work", deed.describe());
+            }
+        }
+        self.opened = Opened::default();
     }
 
     /// Processes get their memory before they fork: generation by generation.
@@ -615,6 +653,7 @@ impl Run<'_> {
         for task in &alive {
             ptrace::set_options(task.tid, 0)?;
         }
+        self.connect();
         for task in alive.iter().filter(|t| t.tid != root).chain(alive.iter().filter(|t| t.tid == root)) {
             ptrace::detach(task.tid)?;
         }

@@ -364,18 +364,24 @@ pub trait Opener: fmt::Debug {
 /// The files that the engine has opened so far.
 #[derive(Debug, Default)]
 pub struct Opened {
-    files: Vec<OwnedFd>,
+    files: Vec<Option<OwnedFd>>,
 }
 
 impl Opened {
     /// The file of an earlier step.
     pub fn get(&self, file: FileRef) -> Option<&OwnedFd> {
-        self.files.get(file.0)
+        self.files.get(file.0)?.as_ref()
     }
 
     /// Adds the next file.
     pub fn push(&mut self, file: OwnedFd) {
-        self.files.push(file);
+        self.files.push(Some(file));
+    }
+
+    /// Closes all but these.
+    pub fn keep_only(&mut self, kept: &[FileRef]) {
+        let kept: std::collections::HashSet<usize> = kept.iter().map(|file| file.0).collect();
+        self.files.iter_mut().enumerate().filter(|(n, _)| !kept.contains(n)).for_each(|(_, file)| *file = None);
     }
 
     /// How many there are.
@@ -409,6 +415,21 @@ pub struct Assist {
     pub pieces: Vec<(u64, u64, u64)>,
 }
 
+/// Connections to somebody outside, who must not hear of anything until all tasks are ready.
+#[derive(Debug, Default)]
+pub struct Connections {
+    /// Whose packets are held.
+    pub locked: Vec<criu_common::gate::Connection>,
+    /// The gate that the dump has left.
+    pub gate: Option<String>,
+    /// Their sockets: kept open to the end.
+    pub files: Vec<FileRef>,
+    /// What is done when every task is ready, and packets are still held.
+    pub release: Vec<Box<dyn Deed>>,
+    /// What is done as soon as they pass again.
+    pub resume: Vec<Box<dyn Deed>>,
+}
+
 /// A restore, before it happens.
 #[derive(Debug, Default)]
 pub struct Plan {
@@ -426,6 +447,8 @@ pub struct Plan {
     pub used: Vec<(u64, u64)>,
     /// How much the tree's monotonic and boot clocks are ahead of the host's, in nanoseconds; `None` leaves them.
     pub clocks: Option<ClockOffsets>,
+    /// Connections to somebody outside.
+    pub connections: Connections,
 }
 
 /// Offsets of a time namespace, time_namespaces(7).

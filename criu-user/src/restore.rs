@@ -17,6 +17,7 @@ use crate::kernel::root::Root;
 use crate::object::cgroup::{Manage, NewRoot};
 use crate::object::file::{Planner, Shelf, read_table};
 use crate::object::outside::Inherit;
+use crate::object::tcp::NetworkLock;
 use crate::object::{ObjectError, cgroup, clocks, creds, fs, locks, memory, shmem, task, tree, waits};
 use crate::observer::{Moment, Objection, Observer, tell};
 use crate::plan::Plan;
@@ -42,6 +43,10 @@ pub struct RestoreOptions {
     pub ext_unix_sk: bool,
     /// Whether connections come back closed.
     pub tcp_close: bool,
+    /// Whether connections come back as they were.
+    pub tcp_established: bool,
+    /// How the packets of connections are held meanwhile.
+    pub network_lock: NetworkLock,
     /// Whether the tree sees the host's clocks.
     pub host_clock: bool,
     /// Descriptors that stand for what is outside of the tree.
@@ -150,6 +155,7 @@ pub fn plan(dir: &ImageDir, options: &RestoreOptions) -> Result<Plan, RestoreErr
         shelf: Shelf::default(),
     };
     let processes = read_processes(dir, &entries, &cores)?;
+    cx.plan.connections.gate = dir.inventory()?.gate;
     let own = creds::own()?;
     if let Some(time) = dir.read_optional::<TimensEntry>(ImageKind::Timens.id(timens_id(&processes)))? {
         let at_dump = clocks::plan(&time)?;

@@ -20,6 +20,7 @@ use crate::freeze::Release;
 use crate::kernel::surveyor::Source;
 use crate::object::cgroup::Manage;
 use crate::object::outside::{External, Inherit};
+use crate::object::tcp::NetworkLock;
 
 #[derive(Debug, Args)]
 pub(super) struct DumpArgs {
@@ -64,9 +65,15 @@ pub(super) struct DumpArgs {
     /// Give TCP connections up: they are restored as closed sockets
     #[arg(long)]
     tcp_close: bool,
-    /// Keep TCP connections (not supported yet)
+    /// Keep TCP connections: their peers notice a pause
     #[arg(long, conflicts_with = "tcp_close")]
     tcp_established: bool,
+    /// Drop clients that no server has accepted yet
+    #[arg(long)]
+    skip_in_flight: bool,
+    /// How the packets of connections are held until the restore
+    #[arg(long, value_name = "METHOD", value_enum, default_value = "ebpf")]
+    network_lock: NetworkLock,
     /// Where the list of areas and descriptors comes from
     #[arg(long, value_name = "SOURCE", value_enum, default_value = "auto")]
     survey: Survey,
@@ -108,9 +115,6 @@ fn size(text: &str) -> Result<u64, String> {
 pub(super) fn run(args: DumpArgs) -> Outcome {
     args.common.make_images_dir();
     log::start(&args.common)?;
-    if args.tcp_established {
-        return Err(CliError::TcpEstablished);
-    }
     let status = StatusFd::take(args.common.status_fd)?;
     let watcher = Watcher::new(Scripts::new(&args.common)?, Progress::new("writing memory", &args.common), None);
     let common = args.common;
@@ -127,6 +131,9 @@ pub(super) fn run(args: DumpArgs) -> Outcome {
         shell_job: args.shell_job,
         ext_unix_sk: args.ext_unix_sk,
         tcp_close: args.tcp_close,
+        tcp_established: args.tcp_established,
+        skip_in_flight: args.skip_in_flight,
+        network_lock: args.network_lock,
         manage_cgroups: args.manage_cgroups,
         freeze_cgroup: args.freeze_cgroup,
         survey: match args.survey {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use crate::dump::DumpError;
 use crate::image::ImageError;
 use crate::kernel::SysError;
+use crate::kernel::ebpf::EbpfError;
 use crate::restore::RestoreError;
 
 /// Why a command failed.
@@ -23,6 +24,15 @@ pub(super) enum CliError {
     /// A call failed.
     #[error(transparent)]
     Sys(#[from] SysError),
+    /// The gates cannot be seen to.
+    #[error(transparent)]
+    Ebpf(#[from] EbpfError),
+    /// No such gate.
+    #[error("there is no gate {name}; `criu-ebpf gate list` shows which there are")]
+    UnknownGate {
+        /// What was asked for.
+        name: String,
+    },
     /// No log.
     #[error("the log {path} cannot be written: {source}; see that its directory (--work-dir, else --images-dir) exists and is yours", path = path.display())]
     Log {
@@ -80,7 +90,4 @@ pub(super) enum CliError {
     /// Something cannot be said as JSON.
     #[error("JSON: {0}")]
     Json(#[from] serde_json::Error),
-    /// Connections that live on are work to come: better no dump than one that lets them die.
-    #[error("--tcp-established is not supported yet; --tcp-close gives connections up")]
-    TcpEstablished,
 }

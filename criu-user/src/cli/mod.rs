@@ -5,6 +5,7 @@ mod common;
 mod documents;
 mod dump;
 mod error;
+mod gate;
 mod log;
 mod peer;
 mod progress;
@@ -36,6 +37,8 @@ enum Command {
     Restore(Box<restore::RestoreArgs>),
     /// Say what this kernel can, and what that means
     Check(check::CheckArgs),
+    /// Show or open the gates that hold connections of dumped trees
+    Gate(gate::GateArgs),
     /// Write shell completions and manual pages into DIR/completions and DIR/man
     #[command(hide = true)]
     Documents(documents::DocumentsArgs),
@@ -61,6 +64,7 @@ pub fn main() -> ExitCode {
         Command::Dump(args) => dump::run(*args),
         Command::Restore(args) => restore::run(*args),
         Command::Check(args) => check::run(args),
+        Command::Gate(args) => gate::run(args),
         Command::Documents(args) => documents::run(&args),
     };
     outcome.unwrap_or_else(|err| {

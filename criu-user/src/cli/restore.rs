@@ -22,6 +22,7 @@ use crate::image::ImageDir;
 use crate::kernel::root::Root;
 use crate::object::cgroup::{Manage, NewRoot};
 use crate::object::outside::{External, Inherit};
+use crate::object::tcp::NetworkLock;
 use crate::restore::{self, RestoreOptions, Summary};
 
 #[derive(Debug, Args)]
@@ -57,9 +58,12 @@ pub(super) struct RestoreArgs {
     /// Restore TCP connections as closed sockets
     #[arg(long)]
     tcp_close: bool,
-    /// Keep TCP connections (not supported yet)
+    /// Keep TCP connections: their peers notice a pause
     #[arg(long, conflicts_with = "tcp_close")]
     tcp_established: bool,
+    /// How the packets of connections are held until the tree runs, unless the dump's own lock still holds them
+    #[arg(long, value_name = "METHOD", value_enum, default_value = "ebpf")]
+    network_lock: NetworkLock,
     /// Accept files whose size or content has changed since the dump
     #[arg(long)]
     skip_file_validation: bool,
@@ -95,9 +99,6 @@ pub(super) struct RestoreArgs {
 
 pub(super) fn run(args: RestoreArgs) -> Outcome {
     log::start(&args.common)?;
-    if args.tcp_established {
-        return Err(CliError::TcpEstablished);
-    }
     let options = options(&args)?;
     if args.explain {
         return explain(&args.common, &options);
@@ -129,6 +130,8 @@ fn options(args: &RestoreArgs) -> Result<RestoreOptions, CliError> {
         shell_job: args.shell_job,
         ext_unix_sk: args.ext_unix_sk,
         tcp_close: args.tcp_close,
+        tcp_established: args.tcp_established,
+        network_lock: args.network_lock,
         sibling: args.restore_sibling,
         leave_stopped: args.leave_stopped,
         skip_file_validation: args.skip_file_validation,

@@ -201,6 +201,13 @@ impl<'a> Capture<'a> {
         self.files.push(entry);
     }
 
+    /// Changes an entry of files.img that was made already: what only a later look has shown.
+    pub fn amend(&mut self, id: u32, change: impl FnOnce(&mut FileEntry)) {
+        if let Some(entry) = self.files.iter_mut().find(|entry| entry.id == id) {
+            change(entry);
+        }
+    }
+
     /// The id of a regular file that is no descriptor: the same path and flags give the same id.
     pub fn path_id(
         &mut self,

@@ -31,6 +31,7 @@ pub mod signals;
 pub mod sockopt;
 pub mod sysv;
 pub mod task;
+pub mod tcp;
 pub mod timerfd;
 pub mod timers;
 pub mod tree;
@@ -99,6 +100,27 @@ pub enum ObjectError {
     /// An image could not be read or written.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// Connections cannot be held.
+    #[error(transparent)]
+    Lock(#[from] tcp::lock::LockError),
+    /// A connection could not be read.
+    #[error("pid {pid}, fd {fd}: the TCP connection {ends} cannot be read: {why}")]
+    Connection {
+        /// The process.
+        pid: i32,
+        /// Its descriptor.
+        fd: i32,
+        /// Its ends.
+        ends: tcp::Ends,
+        /// Why.
+        why: String,
+    },
+    /// The gate could not be made permanent.
+    #[error("the tree runs on, because its connections cannot be held behind it: {why}")]
+    Unpinned {
+        /// Why.
+        why: String,
+    },
     /// Images that do not fit together.
     #[error("the images contradict each other: {what}")]
     Contradiction {
