@@ -1,13 +1,13 @@
 //! What cannot be done is said in one clear sentence, and nothing has changed.
 
-use std::{ffi::OsString, fs, os::unix::fs::PermissionsExt};
+use std::{ffi::OsString, fs, os::unix::fs::PermissionsExt, path::Path};
 
 use e2e::{Look, Options, Outcome, Program, Row, proc, rows};
 
 use super::{counter, nothing_left};
 
 /// A call that must fail with this reason, leave no dump and the program as it was.
-fn refused(row: &Row, reason: &str, call: impl Fn(&Program, &std::path::Path) -> Outcome) {
+fn refused(row: &Row, reason: &str, call: impl Fn(&Program, &Path) -> Outcome) {
     let mut program = counter().start();
     let images = row.next_images(&program);
     let before = Look::at(&program);
@@ -32,7 +32,7 @@ fn refused_pid(row: &Row, reason: &str, pid: impl Fn(&Program) -> i32) {
 }
 
 /// A restore that must fail with this reason and leave nothing over, after `spoil` has done something to the images.
-fn refused_restore(row: &Row, reason: &str, spoil: impl Fn(&Program, &std::path::Path)) {
+fn refused_restore(row: &Row, reason: &str, spoil: impl Fn(&Program, &Path)) {
     let program = counter().start();
     let tree = program.tree();
     let images = row.dump(&program);
@@ -40,6 +40,16 @@ fn refused_restore(row: &Row, reason: &str, spoil: impl Fn(&Program, &std::path:
     let outcome = row.restorer.restore(&images, &row.options).expect_refusal(reason);
     assert_eq!(outcome.status.code(), Some(1), "{}", outcome.report());
     nothing_left(&tree);
+}
+
+/// A dump onto a file system of its own, which goes with it; an inventory there is a failure of another kind.
+fn on_small_disk(row: &Row, program: &Program, images: &Path, size: &str, prepare: &str) -> Outcome {
+    let script = format!(
+        "mount -t tmpfs -o size={size} none \"$0\" || exit 3; {prepare}; \"$@\"; ended=$?
+        [ -e \"$0/inventory.img\" ] && ended=4; umount -l \"$0\"; exit $ended"
+    );
+    let words: Vec<OsString> = row.dumper.dump_words(program, images, &row.options);
+    row.dumper.call_by(&script, &words, images, "dump")
 }
 
 rows! {
@@ -65,20 +75,13 @@ rows! {
     /// No room for the memory; the descriptor by which the program wrote it is gone again.
     full_disk => |row| refused(row, "make room", |program, images| {
         fs::create_dir(images).expect("mkdir");
-        let small = "exec unshare -m --propagation private sh -c '
-            mount -t tmpfs -o size=64k none \"$0\" || exit 3; \"$@\"; ended=$?
-            [ -e \"$0/inventory.img\" ] && exit 4; exit $ended' \"$0\" \"$@\"";
-        let words: Vec<OsString> = row.dumper.dump_words(program, images, &row.options);
-        row.dumper.call_by(small, &words, images, "dump")
+        on_small_disk(row, program, images, "64k", ":")
     });
 
     /// No room for the first image even.
     no_room_at_all => |row| refused(row, "make room", |program, images| {
         fs::create_dir(images).expect("mkdir");
-        let full = "exec unshare -m --propagation private sh -c '
-            mount -t tmpfs -o size=8k none \"$0\" || exit 3; head -c 8k /dev/zero > \"$0/full\"; exec \"$@\"' \"$0\" \"$@\"";
-        let words: Vec<OsString> = row.dumper.dump_words(program, images, &row.options);
-        row.dumper.call_by(full, &words, images, "dump")
+        on_small_disk(row, program, images, "8k", "head -c 8k /dev/zero > \"$0/full\"")
     });
 
     /// Somebody who may not.
