@@ -1,5 +1,6 @@
 //! What crosses the boundary between the eBPF programs and the engine: both sides compile these definitions.
 #![no_std]
 
+pub mod gate;
 pub mod offsets;
 pub mod survey;

@@ -153,6 +153,14 @@ impl Call {
         self
     }
 
+    /// Bytes of memory that it fills from an image.
+    pub fn memory(&self) -> u64 {
+        match self.expect {
+            Expect::Exactly(bytes) if self.nr == libc::SYS_preadv => bytes,
+            _ => 0,
+        }
+    }
+
     /// The name of the system call.
     pub fn name(&self) -> Cow<'static, str> {
         crate::kernel::syscall_name(self.nr)
@@ -201,7 +209,8 @@ pub enum Stage {
     Timers,
     /// Limits, filters and credentials: afterwards the task may be unable to do anything else.
     Credentials,
-    /// What a change of any thread's credentials undoes for its process.
+    /// What a change of any thread's credentials undoes for its process. The engine's deeds after it are done when
+    /// nothing can fail any more, with all files closed.
     Last,
 }
 
@@ -343,6 +352,11 @@ pub trait Opener: fmt::Debug {
     /// What is opened, for a reader.
     fn describe(&self) -> String;
 
+    /// Bytes of memory that are filled meanwhile.
+    fn memory(&self) -> u64 {
+        0
+    }
+
     /// Opens it. Earlier files of the plan are at hand.
     fn open(&self, opened: &Opened) -> Result<OwnedFd, Box<dyn std::error::Error + Send + Sync>>;
 }
@@ -350,18 +364,24 @@ pub trait Opener: fmt::Debug {
 /// The files that the engine has opened so far.
 #[derive(Debug, Default)]
 pub struct Opened {
-    files: Vec<OwnedFd>,
+    files: Vec<Option<OwnedFd>>,
 }
 
 impl Opened {
     /// The file of an earlier step.
     pub fn get(&self, file: FileRef) -> Option<&OwnedFd> {
-        self.files.get(file.0)
+        self.files.get(file.0)?.as_ref()
     }
 
     /// Adds the next file.
     pub fn push(&mut self, file: OwnedFd) {
-        self.files.push(file);
+        self.files.push(Some(file));
+    }
+
+    /// Closes all but these.
+    pub fn keep_only(&mut self, kept: &[FileRef]) {
+        let kept: std::collections::HashSet<usize> = kept.iter().map(|file| file.0).collect();
+        self.files.iter_mut().enumerate().filter(|(n, _)| !kept.contains(n)).for_each(|(_, file)| *file = None);
     }
 
     /// How many there are.
@@ -395,6 +415,21 @@ pub struct Assist {
     pub pieces: Vec<(u64, u64, u64)>,
 }
 
+/// Connections to somebody outside, who must not hear of anything until all tasks are ready.
+#[derive(Debug, Default)]
+pub struct Connections {
+    /// Whose packets are held.
+    pub locked: Vec<criu_common::gate::Connection>,
+    /// The gate that the dump has left.
+    pub gate: Option<String>,
+    /// Their sockets: kept open to the end.
+    pub files: Vec<FileRef>,
+    /// What is done when every task is ready, and packets are still held.
+    pub release: Vec<Box<dyn Deed>>,
+    /// What is done as soon as they pass again.
+    pub resume: Vec<Box<dyn Deed>>,
+}
+
 /// A restore, before it happens.
 #[derive(Debug, Default)]
 pub struct Plan {
@@ -412,6 +447,8 @@ pub struct Plan {
     pub used: Vec<(u64, u64)>,
     /// How much the tree's monotonic and boot clocks are ahead of the host's, in nanoseconds; `None` leaves them.
     pub clocks: Option<ClockOffsets>,
+    /// Connections to somebody outside.
+    pub connections: Connections,
 }
 
 /// Offsets of a time namespace, time_namespaces(7).

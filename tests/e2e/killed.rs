@@ -10,29 +10,29 @@ use std::{
 use e2e::{Look, Options, Workload, proc, reaper, rows};
 
 /// How often the engine is killed in each test.
-fn kills() -> u32 {
+pub(crate) fn kills() -> u32 {
     env::var("E2E_KILLS").map_or(25, |text| text.parse().expect("E2E_KILLS is a number"))
 }
 
 /// Numbers that are different in every run, and known when it fails.
-struct Moments(u64);
+pub(crate) struct Moments(u64);
 
 impl Moments {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let seed = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("after 1970").as_nanos() as u64;
         println!("seed {seed}");
         Self(seed)
     }
 
     /// Somewhere between the start and a bit more than `whole`.
-    fn within(&mut self, whole: Duration) -> Duration {
+    pub(crate) fn within(&mut self, whole: Duration) -> Duration {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         whole.mul_f64((self.0 >> 33) as f64 / f64::from(1u32 << 31) * 1.1)
     }
 }
 
 /// Waits until nothing of a killed engine holds the program any more.
-fn wait_unharmed(program: &e2e::Program) {
+pub(crate) fn wait_unharmed(program: &e2e::Program) {
     for _ in 0..1000 {
         let stopped = |&pid: &i32| {
             let traced = proc::status(pid).get("TracerPid").is_some_and(|tracer| tracer != "0");
@@ -89,7 +89,7 @@ rows! {
             if row.restorer.killed_after(&words, moments.within(whole)) {
                 killed += 1;
                 // Killed after its last word it has done its work: then the tree runs.
-                let left = reaper::wait_gone(&tree, Duration::from_secs(2));
+                let left = reaper::wait_gone(&tree, Duration::from_secs(10));
                 let complete = images.join("pid").exists() && left == tree;
                 let states: Vec<_> = left.iter().map(|&pid| (pid, proc::stat(pid), proc::status(pid))).collect();
                 assert!(left.is_empty() || complete, "left over from a killed restore: {states:?}");

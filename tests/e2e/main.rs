@@ -16,6 +16,8 @@ mod refusals;
 mod registers;
 mod signals;
 mod survey;
+mod tcp;
+mod tcp_programs;
 mod terminals;
 mod threads;
 mod timers;

@@ -12,6 +12,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{chdir, chroot, fchdir};
 
 use super::error::During;
+use super::root::Root;
 use super::{SysError, SysResult, sys};
 
 const FSCONFIG_CMD_CREATE: u64 = 6;
@@ -42,8 +43,8 @@ pub(super) fn detached(kind: &CStr) -> SysResult<OwnedFd> {
 pub enum Stand<'a> {
     /// Its root and working directory are this one.
     Below(&'a OwnedFd),
-    /// Its working directory is this one.
-    In(PathBuf),
+    /// Its working directory is this one, below that root.
+    In(Root, PathBuf),
 }
 
 /// Does something as if from another directory, in a thread with a root and working directory of its own.
@@ -57,7 +58,13 @@ pub fn from<T: Send>(stand: &Stand<'_>, work: impl FnOnce() -> SysResult<T> + Se
                     fchdir(root.as_fd()).during("fchdir", "a file system of our own")?;
                     chroot(".").during("chroot", "a file system of our own")?;
                 }
-                Stand::In(path) => chdir(path).during("chdir", path.display())?,
+                Stand::In(root, path) => {
+                    if let Some(root) = root.path() {
+                        chdir(root).during("chdir", root.display())?;
+                        chroot(".").during("chroot", root.display())?;
+                    }
+                    chdir(path).during("chdir", path.display())?;
+                }
             }
             work()
         });

@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 
 use nix::unistd::Pid;
 
+use super::SysError;
 use super::ebpf::{EbpfError, EbpfResult, EbpfSurvey};
 use super::known::{ITERATORS, Known};
 use super::probe::Absent;
+use super::proc::{self, Shown};
 use super::survey::{self, Descriptor, Vma};
 use super::threads::ThreadRecords;
-use super::{SysError, proc};
 
 /// Which source the user wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -80,24 +81,37 @@ impl Surveyor {
         Ok(Self::Ebpf(Box::new(survey)))
     }
 
+    /// What it works by, for a reader.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Ebpf(_) => "eBPF",
+            Self::Proc => "/proc",
+            Self::Mixed(Sleeps::Ready(_)) => "/proc, and eBPF for its sleepers",
+            Self::Mixed(_) => "/proc, for the tree is small",
+        }
+    }
+
     /// The areas of a process.
-    pub fn areas(&mut self, pid: Pid) -> Result<Vec<Vma>, SurveyError> {
+    pub fn areas(&mut self, process: Shown) -> Result<Vec<Vma>, SurveyError> {
         if let Self::Ebpf(survey) = self
-            && let Some(areas) = survey.areas(pid)?
+            && let Some(areas) = survey.areas(process.pid)?
         {
             return Ok(areas);
         }
-        let mut areas = survey::vmas_of(pid)?;
+        let mut areas = survey::vmas_of(process.by)?;
         // It lies outside of the address space and is the same everywhere.
         areas.retain(|vma| vma.special() != Some("[vsyscall]"));
         Ok(areas)
     }
 
-    /// The descriptors of processes.
-    pub fn descriptors(&mut self, pids: &[Pid]) -> Result<BTreeMap<Pid, Vec<Descriptor>>, SurveyError> {
+    /// The descriptors of processes, each under the name by which /proc shows it.
+    pub fn descriptors(&mut self, processes: &[Shown]) -> Result<BTreeMap<Pid, Vec<Descriptor>>, SurveyError> {
         match self {
-            Self::Ebpf(survey) => Ok(survey.descriptors(pids)?),
-            Self::Proc | Self::Mixed(_) => Ok(survey::descriptors_of(pids)?),
+            Self::Ebpf(survey) => Ok(survey.descriptors(processes)?),
+            Self::Proc | Self::Mixed(_) => {
+                let names: Vec<Pid> = processes.iter().map(|process| process.by).collect();
+                Ok(survey::descriptors_of(&names)?)
+            }
         }
     }
 

@@ -86,6 +86,10 @@ macro_rules! ioctls_writing {
 ioctls_reading! {
     /// Bytes that can be read now: FIONREAD, ioctl_tty(2), pipe(7), unix(7).
     readable_bytes(libc::FIONREAD) -> i32;
+    /// Bytes that a TCP peer has not acknowledged: SIOCOUTQ, tcp(7).
+    tcp_unacknowledged(libc::TIOCOUTQ) -> i32;
+    /// Bytes that were never sent to a TCP peer: SIOCOUTQNSD of include/uapi/linux/sockios.h.
+    tcp_unsent(0x894bu64) -> i32;
     /// Window size of a terminal: TIOCGWINSZ.
     window_size(libc::TIOCGWINSZ) -> libc::winsize;
     /// Foreground process group of a terminal: TIOCGPGRP.

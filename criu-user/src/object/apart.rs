@@ -9,8 +9,9 @@ use nix::unistd::Pid;
 use super::Refusal;
 use super::file::Capture;
 use crate::freeze::{Frozen, FrozenProcess};
+use crate::kernel::SysResult;
+use crate::kernel::proc::{self, Shown};
 use crate::kernel::sys::{Compare, kcmp};
-use crate::kernel::{SysResult, proc};
 
 /// A kind of namespace: its file in /proc/PID/ns, its name for readers.
 type Kind = (&'static str, &'static str);
@@ -33,23 +34,22 @@ const ADVICE: &str = "run criu-ebpf inside of it (nsenter), where it sees what t
 /// Enters refusals for all that is otherwise.
 pub fn refuse(cx: &mut Capture<'_>, frozen: &Frozen) -> SysResult<()> {
     let own = SHARED.map(|(file, _)| namespace("self", file));
-    let clock = namespace(&frozen.root().to_string(), "time").ok();
+    let clock = namespace(&frozen.processes[0].shown.by.to_string(), "time").ok();
     for process in frozen.alive() {
-        let found = foreign_namespaces(process.pid, &own)?;
+        let found = foreign_namespaces(process.shown.by, &own)?;
         if !found.is_empty() {
             let what = format!("it is in another {} namespace than criu-ebpf", found.join(", "));
             cx.refuse(refusal(process.pid, what, ADVICE));
         }
-        if namespace(&process.pid.to_string(), "time").ok() != clock {
+        if namespace(&process.shown.by.to_string(), "time").ok() != clock {
             let what = "its clocks are not those of the tree's first process (time namespace)".to_owned();
             cx.refuse(refusal(process.pid, what, "dump that part of the tree by itself"));
         }
         refuse_threads(cx, process)?;
     }
     for process in frozen.alive() {
-        let parent = process.stat.ppid;
-        if frozen.alive().any(|other| other.pid == parent) {
-            refuse_shared(cx, parent, process.pid)?;
+        if let Some(parent) = frozen.alive().find(|other| other.pid == process.stat.ppid) {
+            refuse_shared(cx, parent.shown, process.shown)?;
         }
     }
     Ok(())
@@ -102,7 +102,7 @@ fn refuse_threads(cx: &mut Capture<'_>, process: &FrozenProcess) -> SysResult<()
 }
 
 /// A process that has something in common with its parent that processes mostly have each.
-fn refuse_shared(cx: &mut Capture<'_>, parent: Pid, pid: Pid) -> SysResult<()> {
+fn refuse_shared(cx: &mut Capture<'_>, parent: Shown, process: Shown) -> SysResult<()> {
     let all = [
         (Compare::Vm, "memory"),
         (Compare::Files, "descriptors"),
@@ -111,13 +111,13 @@ fn refuse_shared(cx: &mut Capture<'_>, parent: Pid, pid: Pid) -> SysResult<()> {
     ];
     let mut shared = Vec::new();
     for (what, name) in all {
-        if kcmp(parent, pid, what)?.is_eq() {
+        if kcmp(parent.by, process.by, what)?.is_eq() {
             shared.push(name);
         }
     }
     if !shared.is_empty() {
-        let what = format!("it shares its {} with its parent {parent} (clone)", shared.join(", "));
-        cx.refuse(refusal(pid, what, "use threads, or fork(2)"));
+        let what = format!("it shares its {} with its parent {} (clone)", shared.join(", "), parent.pid);
+        cx.refuse(refusal(process.pid, what, "use threads, or fork(2)"));
     }
     Ok(())
 }

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 
 use nix::sys::stat::{FileStat, SFlag};
 use nix::unistd::Pid;
+use tracing::debug;
 
 use super::{KINDS, ObjectError, Refusal, locks, unsupported};
 use crate::call;
@@ -20,6 +21,7 @@ use crate::kernel::proc::KeyValues;
 use crate::kernel::survey::Descriptor;
 use crate::kernel::sys::{Compare, kcmp};
 use crate::kernel::{self, error::During, pidfd::PidFd, proc};
+use crate::observer::Observer;
 use crate::plan::{Deed, FileRef, Opened, Plan, Stage, TaskRef};
 
 /// A description as it was found.
@@ -140,6 +142,8 @@ pub struct Capture<'a> {
     pub dir: &'a ImageDir,
     /// What the user asked for.
     pub options: &'a crate::dump::DumpOptions,
+    /// Who is told how it goes.
+    pub observer: &'a dyn Observer,
     /// Who has which descriptions: (pid, fd) by description id.
     pub holders: BTreeMap<u32, Vec<(Pid, i32)>>,
     /// The processes of the tree.
@@ -158,10 +162,16 @@ pub struct Capture<'a> {
 
 impl<'a> Capture<'a> {
     /// A new one.
-    pub fn new(dir: &'a ImageDir, options: &'a crate::dump::DumpOptions, pids: Vec<Pid>) -> Self {
+    pub fn new(
+        dir: &'a ImageDir,
+        options: &'a crate::dump::DumpOptions,
+        observer: &'a dyn Observer,
+        pids: Vec<Pid>,
+    ) -> Self {
         Self {
             dir,
             options,
+            observer,
             holders: BTreeMap::new(),
             pids,
             shelf: Shelf::default(),
@@ -189,6 +199,13 @@ impl<'a> Capture<'a> {
     /// Adds an entry of files.img that belongs to no descriptor.
     pub fn add_file(&mut self, entry: FileEntry) {
         self.files.push(entry);
+    }
+
+    /// Changes an entry of files.img that was made already: what only a later look has shown.
+    pub fn amend(&mut self, id: u32, change: impl FnOnce(&mut FileEntry)) {
+        if let Some(entry) = self.files.iter_mut().find(|entry| entry.id == id) {
+            change(entry);
+        }
     }
 
     /// The id of a regular file that is no descriptor: the same path and flags give the same id.
@@ -305,6 +322,7 @@ impl<'a> Capture<'a> {
         };
         let entry = kind.capture(&seen, self)?;
         let r#type = entry.r#type();
+        debug!(pid = pid.as_raw(), fd = d.fd, id = d.description, "{} {}", r#type.as_str_name(), seen.link_text());
         self.files.push(entry);
         Ok(r#type)
     }

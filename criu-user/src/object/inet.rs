@@ -1,16 +1,20 @@
-//! Internet sockets: TCP sockets that listen or are not connected, and UDP sockets.
+//! Internet sockets: TCP and UDP.
 //!
-//! A TCP connection is given up where the user says so (`--tcp-close`): it comes back as a closed socket. What waits in
-//! a UDP socket is dropped, as the network might have done.
+//! A TCP connection is kept (`--tcp-established`, see [`super::tcp`]), or given up (`--tcp-close`): then it comes back as a
+//! closed socket. What waits in a UDP socket is dropped, as the network might have done.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use nix::sys::stat::SFlag;
 
 use super::ObjectError;
 use super::file::{Capture, FileKind, Planner, Seen};
 use super::sockopt::{self, state};
-use crate::image::proto::{FdTypes, FileEntry, InetSkEntry, IpOptsEntry, TcpOptsEntry};
+use super::tcp::ends::sockaddr;
+use super::tcp::revive::Revival;
+use super::tcp::{Ends, Hold, capture, options};
+use crate::image::proto::{FdTypes, FileEntry, InetSkEntry, IpOptsEntry};
 use crate::kernel::{SysResult, fd, socket};
 use crate::plan::{Deed, FileRef, Opened, Opener, Stage};
 
@@ -23,8 +27,6 @@ type Failure = Box<dyn std::error::Error + Send + Sync>;
 /// Options that are numbers, by their level and name, and their fields.
 type IpNumber = (i32, i32, fn(&mut IpOptsEntry) -> &mut Option<u32>);
 type IpSwitch = (i32, i32, fn(&mut IpOptsEntry) -> &mut Option<bool>);
-type TcpNumber = (i32, fn(&mut TcpOptsEntry) -> &mut Option<u32>);
-type TcpSwitch = (i32, fn(&mut TcpOptsEntry) -> &mut Option<bool>);
 
 const IPV6_FREEBIND: i32 = 78;
 const V4_SWITCHES: [IpSwitch; 2] =
@@ -39,27 +41,14 @@ const V6_NUMBERS: [IpNumber; 2] = [
     (libc::SOL_IPV6, libc::IPV6_TCLASS, |o| &mut o.traffic_class),
     (libc::SOL_IPV6, libc::IPV6_UNICAST_HOPS, |o| &mut o.hops),
 ];
-const TCP_SWITCHES: [TcpSwitch; 2] = [(libc::TCP_CORK, |o| &mut o.cork), (libc::TCP_NODELAY, |o| &mut o.nodelay)];
-const TCP_NUMBERS: [TcpNumber; 9] = [
-    (libc::TCP_KEEPCNT, |o| &mut o.keepcnt),
-    (libc::TCP_KEEPIDLE, |o| &mut o.keepidle),
-    (libc::TCP_KEEPINTVL, |o| &mut o.keepintvl),
-    (libc::TCP_DEFER_ACCEPT, |o| &mut o.defer_accept),
-    (libc::TCP_USER_TIMEOUT, |o| &mut o.user_timeout),
-    (libc::TCP_FASTOPEN, |o| &mut o.fastopen),
-    (libc::TCP_SYNCNT, |o| &mut o.syncnt),
-    (libc::TCP_NOTSENT_LOWAT, |o| &mut o.notsent_lowat),
-    (libc::TCP_LINGER2, |o| &mut o.linger2),
-];
-/// The longest name of a congestion control, TCP_CA_NAME_MAX of include/net/tcp.h.
-const CONGESTION: usize = 16;
-const IPPROTO_MPTCP: i32 = 262;
+/// Of include/uapi/linux/in.h.
+pub(super) const IPPROTO_MPTCP: i32 = 262;
 
 fn is_tcp(protocol: u32) -> bool {
     [libc::IPPROTO_TCP, IPPROTO_MPTCP].contains(&(protocol as i32))
 }
 
-fn is_connection(entry: &InetSkEntry) -> bool {
+pub(super) fn is_connection(entry: &InetSkEntry) -> bool {
     is_tcp(entry.proto) && ![state::LISTEN, state::CLOSE].contains(&entry.state)
 }
 
@@ -90,7 +79,7 @@ impl FileKind for Inet {
         };
         addresses(&seen.file, &mut entry)?;
         match entry.r#type as i32 {
-            libc::SOCK_STREAM if is_tcp(entry.proto) => tcp(seen, cx, &mut entry)?,
+            libc::SOCK_STREAM if is_tcp(entry.proto) => capture::capture(seen, cx, &mut entry)?,
             libc::SOCK_DGRAM if [libc::IPPROTO_UDP, libc::IPPROTO_UDPLITE].contains(&(entry.proto as i32)) => {}
             other => cx.refuse(seen.refuse(
                 format!("internet socket of type {other} and protocol {}", entry.proto),
@@ -100,6 +89,17 @@ impl FileKind for Inet {
         Ok(FileEntry { r#type: FdTypes::Inetsk as i32, id: entry.id, isk: Some(entry), ..FileEntry::default() })
     }
 
+    fn finish(&self, cx: &mut Capture<'_>) -> Result<(), ObjectError> {
+        // What is refused is not touched.
+        if !cx.refusals.is_empty() {
+            return Ok(());
+        }
+        let hold = cx.shelf.take::<Hold>();
+        let outcome = hold.read(cx);
+        *cx.shelf.get() = hold;
+        outcome
+    }
+
     fn plan(&self, entry: &FileEntry, cx: &mut Planner<'_>) -> Result<FileRef, ObjectError> {
         let isk =
             entry.isk.as_ref().ok_or_else(|| ObjectError::contradiction(format!("file {} is empty", entry.id)))?;
@@ -107,61 +107,26 @@ impl FileKind for Inet {
         if isk.src_addr.len() < words || isk.dst_addr.len() < words {
             return Err(ObjectError::contradiction(format!("socket {} has no whole address", isk.ino)));
         }
-        if is_connection(isk) && !cx.options.tcp_close {
+        let kept = is_tcp(isk.proto) && isk.state != state::LISTEN && !cx.options.tcp_close;
+        let revival = if kept { Revival::read(isk, scope(isk), cx)?.map(Arc::new) } else { None };
+        if kept && is_connection(isk) && (revival.is_none() || !cx.options.tcp_established) {
             return Err(ObjectError::Unsupported {
-                what: format!("socket {}, a TCP connection", isk.ino),
-                advice: "give --tcp-close to have it closed; --tcp-established is not supported yet",
+                what: format!("socket {}, the TCP connection {}", isk.ino, Ends::of(isk, 0)),
+                advice: "give --tcp-established to keep it, or --tcp-close to have it closed",
             });
         }
-        let file = cx.plan.open(Make { entry: Box::new(isk.clone()) });
-        cx.plan.after(Stage::Groups, Reuse { file, address: isk.opts.reuseaddr(), flags: isk.flags });
+        let file = cx.plan.open(Make { entry: Box::new(isk.clone()), revival: revival.clone() });
+        match revival {
+            Some(revival) => revival.plan(file, cx),
+            None => cx.plan.after(Stage::Groups, Reuse { file, address: isk.opts.reuseaddr(), flags: isk.flags }),
+        }
         Ok(file)
     }
 }
 
-/// The state of a TCP socket, from TCP_INFO: it is right where sock_diag(7) does not list a socket at all.
-fn tcp(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry) -> Result<(), ObjectError> {
-    // struct tcp_info: the state is its first byte; of a listening socket the words at 24 and 28 are how many clients
-    // wait and how many may (tcp_get_info in net/ipv4/tcp.c).
-    const NEEDED: usize = 32;
-    let info = socket::option(&seen.file, libc::SOL_TCP, libc::TCP_INFO, NEEDED)?;
-    let word = |at: usize| info.get(at..at + 4).map_or(0, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-    entry.state = info.first().copied().unwrap_or(0).into();
-    entry.tcp_opts = Some(tcp_options(&seen.file)?);
-    if let Some(opts) = &entry.tcp_opts {
-        entry.opts.tcp_keepcnt = opts.keepcnt;
-        entry.opts.tcp_keepidle = opts.keepidle;
-        entry.opts.tcp_keepintvl = opts.keepintvl;
-    }
-    if entry.state == state::LISTEN {
-        entry.backlog = word(28);
-        if word(24) > 0 && !cx.options.tcp_close {
-            cx.refuse(seen.refuse(
-                format!("{} TCP client(s) wait to be accepted by the server on port {}", word(24), entry.src_port),
-                "dump when it has accepted them, or give --tcp-close to drop them",
-            ));
-        }
-    } else if is_connection(entry) && !cx.options.tcp_close {
-        let what =
-            format!("TCP connection between ports {} and {} (state {})", entry.src_port, entry.dst_port, entry.state);
-        cx.refuse(seen.refuse(
-            what,
-            "close it, or give --tcp-close to have it restored as a closed socket (--tcp-established, which keeps it, is not supported yet)",
-        ));
-    }
-    Ok(())
-}
-
-fn tcp_options(file: &OwnedFd) -> Result<TcpOptsEntry, ObjectError> {
-    let mut opts = TcpOptsEntry::default();
-    for (name, field) in TCP_SWITCHES {
-        *field(&mut opts) = sockopt::where_there(socket::number(file, libc::SOL_TCP, name))?.map(|v| v != 0);
-    }
-    for (name, field) in TCP_NUMBERS {
-        *field(&mut opts) = sockopt::where_there(socket::number(file, libc::SOL_TCP, name))?.map(|v| v as u32);
-    }
-    opts.congestion = sockopt::where_there(socket::option(file, libc::SOL_TCP, libc::TCP_CONGESTION, CONGESTION))?;
-    Ok(opts)
+/// The number of the interface that a link-local address is at.
+fn scope(entry: &InetSkEntry) -> u32 {
+    entry.ifname.as_ref().and_then(|name| interfaces().find(|(n, _)| n == name)).map_or(0, |(_, n)| n)
 }
 
 fn ip_options(seen: &Seen) -> Result<IpOptsEntry, ObjectError> {
@@ -193,6 +158,11 @@ fn addresses(file: &OwnedFd, entry: &mut InetSkEntry) -> Result<(), ObjectError>
         entry.ifname = interfaces().find(|(_, index)| scope != 0 && *index == scope).map(|(name, _)| name);
     }
     Ok(())
+}
+
+/// An end of a connection, as images have it.
+pub(super) fn split_end(end: std::net::SocketAddr) -> (Vec<u32>, u32) {
+    split(&sockaddr(end), end.is_ipv6())
 }
 
 fn split(address: &[u8], v6: bool) -> (Vec<u32>, u32) {
@@ -232,11 +202,16 @@ fn address(family: u32, words: &[u32], port: u32, scope: u32) -> Vec<u8> {
 #[derive(Debug)]
 struct Make {
     entry: Box<InetSkEntry>,
+    /// Of a connection that is kept.
+    revival: Option<Arc<Revival>>,
 }
 
 impl Opener for Make {
     fn describe(&self) -> String {
         let entry = &self.entry;
+        if let Some(revival) = &self.revival {
+            return revival.describe();
+        }
         let what = match entry.state {
             state::LISTEN => "listening on",
             _ if is_connection(entry) => "closed, was on",
@@ -251,10 +226,14 @@ impl Opener for Make {
         let made = socket::new(entry.family as i32, entry.r#type as i32, entry.proto as i32)?;
         sockopt::restore(&made, &entry.opts)?;
         self.options(&made)?;
+        if let Some(revival) = &self.revival {
+            revival.make(&made)?;
+            return Ok(made);
+        }
         if is_connection(entry) {
             return Ok(made);
         }
-        let scope = entry.ifname.as_ref().and_then(|name| interfaces().find(|(n, _)| n == name)).map_or(0, |(_, n)| n);
+        let scope = scope(entry);
         if entry.src_port != 0 {
             socket::bind(&made, &address(entry.family, &entry.src_addr, entry.src_port, scope))?;
         }
@@ -288,19 +267,19 @@ impl Make {
         if let Some(opts) = &entry.ip_opts {
             ip_restore(made, opts.clone(), v6)?;
         }
+        // IP_TOS has changed it.
+        if let Some(priority) = entry.opts.so_priority {
+            ensure(made, libc::SOL_SOCKET, libc::SO_PRIORITY, priority as i32)?;
+        }
         if is_tcp(entry.proto) {
-            let mut opts = entry.tcp_opts.clone().unwrap_or_default();
-            opts.keepcnt = opts.keepcnt.or(entry.opts.tcp_keepcnt);
-            opts.keepidle = opts.keepidle.or(entry.opts.tcp_keepidle);
-            opts.keepintvl = opts.keepintvl.or(entry.opts.tcp_keepintvl);
-            tcp_restore(made, opts)?;
+            options::restore(made, options::of(entry))?;
         }
         Ok(())
     }
 }
 
 /// Sets an option unless it is so already.
-fn ensure(made: &OwnedFd, level: i32, name: i32, value: i32) -> SysResult<()> {
+pub(super) fn ensure(made: &OwnedFd, level: i32, name: i32, value: i32) -> SysResult<()> {
     match socket::number(made, level, name) {
         Ok(now) if now == value => Ok(()),
         _ => socket::set_number(made, level, name, value),
@@ -317,25 +296,6 @@ fn ip_restore(made: &OwnedFd, mut opts: IpOptsEntry, v6: bool) -> SysResult<()> 
         if let Some(value) = *field(&mut opts) {
             ensure(made, *level, *name, value as i32)?;
         }
-    }
-    Ok(())
-}
-
-fn tcp_restore(made: &OwnedFd, mut opts: TcpOptsEntry) -> SysResult<()> {
-    for (name, field) in TCP_SWITCHES {
-        if let Some(on) = *field(&mut opts) {
-            ensure(made, libc::SOL_TCP, name, on.into())?;
-        }
-    }
-    for (name, field) in TCP_NUMBERS {
-        if let Some(value) = *field(&mut opts) {
-            ensure(made, libc::SOL_TCP, name, value as i32)?;
-        }
-    }
-    if let Some(name) = &opts.congestion
-        && socket::option(made, libc::SOL_TCP, libc::TCP_CONGESTION, CONGESTION)? != *name
-    {
-        socket::set_option(made, libc::SOL_TCP, libc::TCP_CONGESTION, name)?;
     }
     Ok(())
 }

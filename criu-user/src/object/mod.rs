@@ -31,6 +31,7 @@ pub mod signals;
 pub mod sockopt;
 pub mod sysv;
 pub mod task;
+pub mod tcp;
 pub mod timerfd;
 pub mod timers;
 pub mod tree;
@@ -40,7 +41,7 @@ pub mod unsupported;
 pub mod waits;
 
 use crate::agent::AgentError;
-use crate::image::ImageError;
+use crate::image::{ImageError, room};
 use crate::kernel::SysError;
 
 /// The kinds of open file description. The first whose `is` holds takes a description.
@@ -83,12 +84,43 @@ pub enum ObjectError {
         /// Why it failed.
         errno: nix::errno::Errno,
     },
+    /// A process could not write its memory.
+    #[error("the memory of pid {pid} cannot be written to {}: {}{}", file.display(), errno.desc(), room(*errno))]
+    Memory {
+        /// The process.
+        pid: i32,
+        /// Where to.
+        file: std::path::PathBuf,
+        /// Why it failed.
+        errno: nix::errno::Errno,
+    },
     /// The agent failed.
     #[error(transparent)]
     Agent(#[from] AgentError),
     /// An image could not be read or written.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// Connections cannot be held.
+    #[error(transparent)]
+    Lock(#[from] tcp::lock::LockError),
+    /// A connection could not be read.
+    #[error("pid {pid}, fd {fd}: the TCP connection {ends} cannot be read: {why}")]
+    Connection {
+        /// The process.
+        pid: i32,
+        /// Its descriptor.
+        fd: i32,
+        /// Its ends.
+        ends: tcp::Ends,
+        /// Why.
+        why: String,
+    },
+    /// The gate could not be made permanent.
+    #[error("the tree runs on, because its connections cannot be held behind it: {why}")]
+    Unpinned {
+        /// Why.
+        why: String,
+    },
     /// Images that do not fit together.
     #[error("the images contradict each other: {what}")]
     Contradiction {

@@ -97,12 +97,7 @@ fn two_words(bytes: &[u8]) -> (u64, u64) {
 pub fn restore(fd: impl AsFd, opts: &SkOptsEntry) -> SysResult<()> {
     let fd = fd.as_fd();
     let mut opts = opts.clone();
-    // The kernel doubles what it is given.
-    set_number(fd, SOL, libc::SO_SNDBUFFORCE, (opts.so_sndbuf / 2) as i32)?;
-    set_number(fd, SOL, libc::SO_RCVBUFFORCE, (opts.so_rcvbuf / 2) as i32)?;
-    if let Some(locks) = opts.so_buf_lock {
-        set_number(fd, SOL, SO_BUF_LOCK, (locks & BUF_LOCK_MASK) as i32)?;
-    }
+    restore_buffers(fd, &opts)?;
     let timeout = |sec: u64, usec: u64| [sec.to_le_bytes(), usec.to_le_bytes()].concat();
     set_option(fd, SOL, libc::SO_SNDTIMEO, &timeout(opts.so_snd_tmo_sec, opts.so_snd_tmo_usec))?;
     set_option(fd, SOL, libc::SO_RCVTIMEO, &timeout(opts.so_rcv_tmo_sec, opts.so_rcv_tmo_usec))?;
@@ -136,6 +131,18 @@ pub fn restore(fd: impl AsFd, opts: &SkOptsEntry) -> SysResult<()> {
         attach_filter(fd, &opts.so_filter)?;
     }
     Ok(())
+}
+
+/// Gives a socket the sizes of its buffers, and says which of them are the user's: the kernel goes on adapting the others.
+pub fn restore_buffers(fd: impl AsFd, opts: &SkOptsEntry) -> SysResult<()> {
+    let fd = fd.as_fd();
+    // The kernel doubles what it is given.
+    set_number(fd, SOL, libc::SO_SNDBUFFORCE, (opts.so_sndbuf / 2) as i32)?;
+    set_number(fd, SOL, libc::SO_RCVBUFFORCE, (opts.so_rcvbuf / 2) as i32)?;
+    match opts.so_buf_lock {
+        Some(locks) => set_number(fd, SOL, SO_BUF_LOCK, (locks & BUF_LOCK_MASK) as i32),
+        None => Ok(()),
+    }
 }
 
 /// The halves that are shut down, RCV_SHUTDOWN (1) and SEND_SHUTDOWN (2), as images have them.

@@ -1,4 +1,4 @@
-//! Every raw bpf(2) call that the engine makes.
+//! Every raw bpf(2) call that the engine makes; those about maps and links are in `maps` and `links`.
 //!
 //! # References
 //! bpf(2); `union bpf_attr` in include/uapi/linux/bpf.h. The kernel takes a shorter attribute than its own for one whose
@@ -18,6 +18,7 @@ const LINK_CREATE: (c_int, &str) = (28, "BPF_LINK_CREATE");
 const ITER_CREATE: (c_int, &str) = (33, "BPF_ITER_CREATE");
 
 const BPF_MAP_TYPE_ARRAY: u32 = 2;
+const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
 const BPF_PROG_TYPE_TRACING: u32 = 26;
 const BPF_TRACE_ITER: u32 = 28;
 const BPF_F_RDONLY_PROG: u32 = 1 << 7;
@@ -71,21 +72,30 @@ pub fn globals_map(content: &[u8], access: Access) -> BpfResult<OwnedFd> {
     Ok(map)
 }
 
-/// An iterator program to be loaded.
+/// What a program is for.
 #[derive(Clone, Copy, Debug)]
-pub struct IterProgram<'a> {
+pub enum Purpose {
+    /// An iterator, with the BTF id of its function.
+    Iterator(u32),
+    /// Packets of an interface.
+    Classifier,
+}
+
+/// A program to be loaded.
+#[derive(Clone, Copy, Debug)]
+pub struct Program<'a> {
     /// Name, cut to what the kernel keeps of it.
     pub name: &'a str,
     /// Instructions, their relocations done.
     pub instructions: &'a [bpf_insn],
     /// Licence.
     pub license: &'a CStr,
-    /// BTF id of the iterator's function.
-    pub attach_btf_id: u32,
+    /// What it is for.
+    pub purpose: Purpose,
 }
 
-/// Loads an iterator. The verifier writes into `log`, if there is one.
-pub fn load_iter(program: IterProgram<'_>, log: Option<&mut [u8]>) -> BpfResult<OwnedFd> {
+/// Loads a program. The verifier writes into `log`, if there is one.
+pub fn load(program: Program<'_>, log: Option<&mut [u8]>) -> BpfResult<OwnedFd> {
     #[repr(C)]
     struct Load {
         prog_type: u32,
@@ -115,8 +125,12 @@ pub fn load_iter(program: IterProgram<'_>, log: Option<&mut [u8]>) -> BpfResult<
     }
     let (log_level, log_size, log_buf) =
         log.map_or((0, 0, 0), |log| (1, log.len() as u32, log.as_mut_ptr().expose_provenance() as u64));
+    let (prog_type, expected_attach_type, attach_btf_id) = match program.purpose {
+        Purpose::Iterator(function) => (BPF_PROG_TYPE_TRACING, BPF_TRACE_ITER, function),
+        Purpose::Classifier => (BPF_PROG_TYPE_SCHED_CLS, 0, 0),
+    };
     let load = Load {
-        prog_type: BPF_PROG_TYPE_TRACING,
+        prog_type,
         insn_cnt: program.instructions.len() as u32,
         insns: program.instructions.as_ptr().addr() as u64,
         license: program.license.as_ptr().addr() as u64,
@@ -127,7 +141,7 @@ pub fn load_iter(program: IterProgram<'_>, log: Option<&mut [u8]>) -> BpfResult<
         prog_flags: 0,
         prog_name,
         prog_ifindex: 0,
-        expected_attach_type: BPF_TRACE_ITER,
+        expected_attach_type,
         prog_btf_fd: 0,
         func_info_rec_size: 0,
         func_info: 0,
@@ -135,7 +149,7 @@ pub fn load_iter(program: IterProgram<'_>, log: Option<&mut [u8]>) -> BpfResult<
         line_info_rec_size: 0,
         line_info: 0,
         line_info_cnt: 0,
-        attach_btf_id: program.attach_btf_id,
+        attach_btf_id,
     };
     // SAFETY: instructions, licence and log outlive the call and are as long as they are said to be.
     Ok(unsafe { owned(call(PROG_LOAD, &load)?) })

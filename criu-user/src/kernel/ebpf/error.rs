@@ -48,6 +48,22 @@ pub enum EbpfError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The interfaces could not be listed.
+    #[error("cannot list the interfaces of the network: {source}")]
+    Interfaces {
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Nothing can be pinned.
+    #[error("{call} of {path} failed: {source}; a bpf file system is needed there to keep connections held", path = path.display())]
+    Pins {
+        /// The call.
+        call: &'static str,
+        /// On what.
+        path: std::path::PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The verifier refused a program.
     #[error("the kernel refused the eBPF program `{program}`: {source}\n{log}")]
     Refused {

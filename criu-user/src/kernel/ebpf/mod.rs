@@ -5,9 +5,13 @@ pub mod btf;
 pub mod cache;
 mod convert;
 pub mod error;
+pub mod gate;
+pub mod links;
+pub mod maps;
 pub mod object;
 pub mod restart;
 pub mod survey;
 
 pub use error::{EbpfError, EbpfResult};
+pub use gate::Gate;
 pub use survey::EbpfSurvey;

@@ -10,8 +10,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use aya_obj::generated::bpf_insn;
 use aya_obj::{EbpfSectionKind, Map, Object};
 
-use super::bpf::{self, Access, IterProgram};
-use super::{EbpfError, EbpfResult};
+use super::bpf::{self, Access, Program, Purpose};
+use super::{EbpfError, EbpfResult, maps};
 
 /// Room for what the verifier says: enough for one walk over a program of some thousand instructions.
 const LOG_ROOM: usize = 4 << 20;
@@ -26,7 +26,7 @@ pub struct Loaded {
     license: CString,
     programs: HashMap<String, Vec<bpf_insn>>,
     /// Held for the programs that are loaded later: they refer to the maps by descriptor.
-    _maps: Vec<OwnedFd>,
+    maps: HashMap<String, OwnedFd>,
 }
 
 impl Loaded {
@@ -36,17 +36,18 @@ impl Loaded {
         let mut object = Object::parse(bytes).map_err(|error| bad(error.to_string()))?;
         object.patch_map_data(globals).map_err(|error| bad(error.to_string()))?;
         let mut maps: Vec<(String, Map, OwnedFd)> = Vec::new();
-        for (section, map) in object.maps.drain() {
-            let access = match map.section_kind() {
-                EbpfSectionKind::Rodata => Access::Frozen,
-                EbpfSectionKind::Data | EbpfSectionKind::Bss => Access::ReadWrite,
-                other => return Err(bad(format!("section {section} is of kind {other:?}"))),
+        for (of, map) in object.maps.drain() {
+            let made = match map.section_kind() {
+                EbpfSectionKind::Rodata => bpf::globals_map(map.data(), Access::Frozen),
+                EbpfSectionKind::Data | EbpfSectionKind::Bss => bpf::globals_map(map.data(), Access::ReadWrite),
+                EbpfSectionKind::Maps => maps::create(&map),
+                other => return Err(bad(format!("map {of} is of kind {other:?}"))),
             };
-            let fd = bpf::globals_map(map.data(), access).map_err(|(command, source)| {
-                let on = format!("section {section} of `{name}`");
+            let fd = made.map_err(|(command, source)| {
+                let on = format!("map {of} of `{name}`");
                 EbpfError::Call { command, on, source }
             })?;
-            maps.push((section, map, fd));
+            maps.push((of, map, fd));
         }
         let text: HashSet<usize> = object
             .functions
@@ -63,21 +64,32 @@ impl Loaded {
             let function = function.ok_or_else(|| bad(format!("program {program} has no instructions")))?;
             programs.insert(program.clone(), function.instructions.clone());
         }
-        let _maps = maps.into_iter().map(|(_, _, fd)| fd).collect();
-        Ok(Self { name, license: object.license, programs, _maps })
+        let maps = maps.into_iter().map(|(name, _, fd)| (name, fd)).collect();
+        Ok(Self { name, license: object.license, programs, maps })
+    }
+
+    /// Takes a map of its own out of the object.
+    pub fn take_map(&mut self, name: &str) -> EbpfResult<OwnedFd> {
+        let missing = || EbpfError::BadObject { object: self.name, why: format!("there is no map {name}") };
+        self.maps.remove(name).ok_or_else(missing)
     }
 
     /// Loads one iterator.
     pub fn load_iter(&self, program: &str, attach_btf_id: u32) -> EbpfResult<OwnedFd> {
+        self.load(program, Purpose::Iterator(attach_btf_id))
+    }
+
+    /// Loads one program.
+    pub fn load(&self, program: &str, purpose: Purpose) -> EbpfResult<OwnedFd> {
         let instructions = self
             .programs
             .get(program)
             .ok_or_else(|| EbpfError::BadObject { object: self.name, why: format!("there is no program {program}") })?;
-        let iter = IterProgram { name: program, instructions, license: &self.license, attach_btf_id };
-        bpf::load_iter(iter, None).map_err(|(_, source)| {
+        let wanted = Program { name: program, instructions, license: &self.license, purpose };
+        bpf::load(wanted, None).map_err(|(_, source)| {
             let mut log = vec![0; LOG_ROOM];
             // Once more, for the verifier's words: it is asked for them only here, because writing them takes it time.
-            let log = match bpf::load_iter(iter, Some(&mut log)) {
+            let log = match bpf::load(wanted, Some(&mut log)) {
                 Ok(_) => "the second attempt succeeded".to_owned(),
                 Err(_) => last_lines(&log),
             };

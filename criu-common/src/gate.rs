@@ -1,0 +1,58 @@
+//! What the gate and the engine share: which connections are held, and how many packets were.
+
+/// A TCP connection, by its two ends. IPv4 addresses are mapped (`::ffff:a.b.c.d`), so that a socket that talks IPv4
+/// through IPv6 is found as well. Ports are as packets have them, the high byte first.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Connection {
+    /// Our address.
+    pub local: [u8; 16],
+    /// The peer's.
+    pub remote: [u8; 16],
+    /// Our port.
+    pub local_port: [u8; 2],
+    /// The peer's.
+    pub remote_port: [u8; 2],
+}
+
+/// Packets of a connection that the gate has dropped.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// From the peer.
+    pub from_peer: u64,
+    /// To the peer.
+    pub to_peer: u64,
+}
+
+/// The mark of packets that pass: the one that CRIU uses, whose own rules let it pass as well.
+pub const MARK: u32 = 0xc114;
+
+/// How many connections one gate can hold.
+pub const MOST: u32 = 1 << 16;
+
+/// An IPv4 address as an IPv6 socket sees it.
+#[inline(always)]
+pub const fn mapped(v4: [u8; 4]) -> [u8; 16] {
+    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, v4[0], v4[1], v4[2], v4[3]]
+}
+
+/// The bytes of a record, as a map of the kernel's has them.
+pub fn bytes(connection: &Connection) -> [u8; 36] {
+    let mut out = [0; 36];
+    out[..16].copy_from_slice(&connection.local);
+    out[16..32].copy_from_slice(&connection.remote);
+    out[32..34].copy_from_slice(&connection.local_port);
+    out[34..].copy_from_slice(&connection.remote_port);
+    out
+}
+
+/// The record that these bytes are.
+pub fn from_bytes(bytes: &[u8; 36]) -> Connection {
+    let mut out = Connection::default();
+    out.local.copy_from_slice(&bytes[..16]);
+    out.remote.copy_from_slice(&bytes[16..32]);
+    out.local_port.copy_from_slice(&bytes[32..34]);
+    out.remote_port.copy_from_slice(&bytes[34..]);
+    out
+}

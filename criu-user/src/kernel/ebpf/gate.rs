@@ -1,0 +1,199 @@
+//! The gate, from the engine's side: connections are locked by entering them into its map.
+//!
+//! A gate lives as long as somebody holds it: the engine, or names in a bpf file system once a dump is complete. Until
+//! then it opens with the engine's death.
+
+use std::collections::HashMap;
+use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use criu_common::gate::{Connection, Held, bytes, from_bytes};
+use nix::mount::{MsFlags, mount};
+use nix::net::if_::if_nameindex;
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+
+use super::bpf::Purpose;
+use super::links::{self, Way};
+use super::object::Loaded;
+use super::{EbpfError, EbpfResult, maps};
+
+/// The compiled program; none where the toolchain was missing.
+#[cfg(ebpf_programs)]
+static OBJECT: Option<&[u8]> = Some({
+    /// ELF parsing reads words in place.
+    #[repr(C, align(16))]
+    struct Aligned<T: ?Sized>(T);
+    static ALIGNED: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/gate")));
+    &ALIGNED.0
+});
+#[cfg(not(ebpf_programs))]
+static OBJECT: Option<&[u8]> = None;
+
+/// Where bpf file systems are mounted by custom.
+const BPFFS: &str = "/sys/fs/bpf";
+/// Our directory there, with one directory for each gate.
+const GATES: &str = "/sys/fs/bpf/criu-ebpf";
+/// The name of the map in a gate's directory.
+const MAP: &str = "locked";
+const KEY: usize = size_of::<Connection>();
+const VALUE: usize = size_of::<Held>();
+
+/// A gate that we hold.
+#[derive(Debug)]
+pub struct Gate {
+    map: OwnedFd,
+    /// Links, by the names that they are pinned under. None of one that somebody else has pinned.
+    links: Vec<(String, OwnedFd)>,
+    /// Its directory, where it is pinned.
+    pinned: Option<PathBuf>,
+}
+
+fn failed(on: impl Into<String>) -> impl FnOnce((&'static str, std::io::Error)) -> EbpfError {
+    let on = on.into();
+    move |(command, source)| EbpfError::Call { command, on, source }
+}
+
+fn pinning(path: &Path, call: &'static str) -> impl FnOnce(std::io::Error) -> EbpfError {
+    let path = path.to_owned();
+    move |source| EbpfError::Pins { call, path, source }
+}
+
+impl Gate {
+    /// Puts a gate at both sides of every interface of this network namespace. Everything passes until something is
+    /// locked.
+    ///
+    /// # Minimum kernel version
+    /// 6.6, for links to interfaces.
+    pub fn new() -> EbpfResult<Self> {
+        let mut object = Loaded::new("gate", OBJECT.ok_or(EbpfError::NotBuilt)?, HashMap::new())?;
+        let program = object.load("gate", Purpose::Classifier)?;
+        let mut gate = Self { map: object.take_map("LOCKED")?, links: Vec::new(), pinned: None };
+        // Interfaces may come while we are about it.
+        while gate.cover(&program)? {}
+        Ok(gate)
+    }
+
+    /// Attaches to interfaces that have no link yet; whether there were any.
+    fn cover(&mut self, program: &OwnedFd) -> EbpfResult<bool> {
+        let interfaces = if_nameindex().map_err(|e| EbpfError::Interfaces { source: e.into() })?;
+        let mut new = false;
+        for interface in &interfaces {
+            for (way, word) in [(Way::In, "in"), (Way::Out, "out")] {
+                let name = format!("{}-{word}", interface.index());
+                if self.links.iter().any(|(known, _)| *known == name) {
+                    continue;
+                }
+                let link = links::attach(program.as_fd(), interface.index(), way)
+                    .map_err(failed(format!("the interface {:?}", interface.name())))?;
+                self.links.push((name, link));
+                new = true;
+            }
+        }
+        Ok(new)
+    }
+
+    /// Locks connections: from now on nobody hears of the other.
+    pub fn lock(&self, connections: &[Connection]) -> EbpfResult<()> {
+        let keys: Vec<[u8; KEY]> = connections.iter().map(bytes).collect();
+        maps::insert_zeros::<KEY, VALUE>(self.map.as_fd(), &keys)
+            .map_err(failed(format!("{} connections of the gate", keys.len())))
+    }
+
+    /// Makes sure that there is a place for names, before anything depends on it.
+    pub fn check_place() -> EbpfResult<()> {
+        mount_bpffs()
+    }
+
+    /// Makes it outlive us, under this name.
+    pub fn pin(&mut self, name: &str) -> EbpfResult<()> {
+        mount_bpffs()?;
+        let dir = directory(name);
+        for path in [Path::new(GATES), &dir] {
+            match fs::create_dir(path) {
+                Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => return Err(pinning(path, "mkdir")(e)),
+                _ => {}
+            }
+        }
+        let pin = |object: &OwnedFd, name: &str| {
+            let path = dir.join(name);
+            links::pin(object.as_fd(), &path).map_err(failed(path.display().to_string()))
+        };
+        let outcome = pin(&self.map, MAP).and_then(|()| self.links.iter().try_for_each(|(name, link)| pin(link, name)));
+        match outcome {
+            Ok(()) => self.pinned = Some(dir),
+            Err(err) => {
+                let _ = fs::remove_dir_all(&dir);
+                return Err(err);
+            }
+        }
+        Ok(())
+    }
+
+    /// The gate of this name that an earlier engine has left; `None` if it was opened meanwhile.
+    pub fn find(name: &str) -> EbpfResult<Option<Self>> {
+        let dir = directory(name);
+        let map = dir.join(MAP);
+        if name.contains('/') || !map.exists() {
+            return Ok(None);
+        }
+        let fd = links::pinned(&map).map_err(failed(map.display().to_string()))?;
+        Ok(Some(Self { map: fd, links: Vec::new(), pinned: Some(dir) }))
+    }
+
+    /// The connections that it holds, and how much of them it has dropped.
+    pub fn connections(&self) -> EbpfResult<Vec<(Connection, Held)>> {
+        let all = maps::entries::<KEY, VALUE>(self.map.as_fd()).map_err(failed("the connections of the gate"))?;
+        let word = |bytes: &[u8]| bytes.first_chunk().map_or(0, |b| u64::from_ne_bytes(*b));
+        let held = |value: &[u8]| Held { from_peer: word(value), to_peer: word(&value[8..]) };
+        Ok(all.iter().map(|(key, value)| (from_bytes(key), held(value))).collect())
+    }
+
+    /// Opens it, for good.
+    pub fn open(self) -> EbpfResult<()> {
+        let Some(dir) = &self.pinned else { return Ok(()) };
+        fs::remove_dir_all(dir).map_err(pinning(dir, "rmdir"))?;
+        // The last one takes the directory of all along.
+        let _ = fs::remove_dir(GATES);
+        Ok(())
+    }
+}
+
+/// A gate that stays closed though nobody works with it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pinned {
+    /// Its name.
+    pub name: String,
+    /// For how long it has been.
+    pub age: Duration,
+}
+
+/// All gates that are pinned.
+pub fn pinned() -> EbpfResult<Vec<Pinned>> {
+    let entries = match fs::read_dir(GATES) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(pinning(Path::new(GATES), "readdir"))?,
+    };
+    let mut found = Vec::new();
+    for entry in entries.flatten() {
+        let made = entry.metadata().and_then(|meta| meta.modified()).unwrap_or(SystemTime::now());
+        let age = made.elapsed().unwrap_or_default();
+        found.push(Pinned { name: entry.file_name().to_string_lossy().into_owned(), age });
+    }
+    found.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(found)
+}
+
+fn directory(name: &str) -> PathBuf {
+    Path::new(GATES).join(name)
+}
+
+fn mount_bpffs() -> EbpfResult<()> {
+    let place = Path::new(BPFFS);
+    if statfs(place).is_ok_and(|about| about.filesystem_type() == BPF_FS_MAGIC) {
+        return Ok(());
+    }
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("bpf"), place, Some("bpf"), flags, Some("mode=700")).map_err(|e| pinning(place, "mount")(e.into()))
+}

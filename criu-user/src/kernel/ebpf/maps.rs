@@ -1,0 +1,129 @@
+//! Maps that programs and the engine share: making them, filling them, and reading what is in them.
+//!
+//! # References
+//! bpf(2); `union bpf_attr` in include/uapi/linux/bpf.h.
+
+use std::ffi::c_int;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+
+use aya_obj::Map;
+
+use super::bpf::{BpfResult, call, owned};
+
+const MAP_CREATE: (c_int, &str) = (0, "BPF_MAP_CREATE");
+const MAP_LOOKUP_ELEM: (c_int, &str) = (1, "BPF_MAP_LOOKUP_ELEM");
+const MAP_UPDATE_ELEM: (c_int, &str) = (2, "BPF_MAP_UPDATE_ELEM");
+const MAP_GET_NEXT_KEY: (c_int, &str) = (4, "BPF_MAP_GET_NEXT_KEY");
+const MAP_UPDATE_BATCH: (c_int, &str) = (26, "BPF_MAP_UPDATE_BATCH");
+
+/// A map as an object describes it.
+pub fn create(map: &Map) -> BpfResult<OwnedFd> {
+    #[repr(C)]
+    struct Create {
+        map_type: u32,
+        key_size: u32,
+        value_size: u32,
+        max_entries: u32,
+        map_flags: u32,
+    }
+    let create = Create {
+        map_type: map.map_type(),
+        key_size: map.key_size(),
+        value_size: map.value_size(),
+        max_entries: map.max_entries(),
+        map_flags: map.map_flags(),
+    };
+    // SAFETY: the command takes no pointers and answers with a new descriptor.
+    Ok(unsafe { owned(call(MAP_CREATE, &create)?) })
+}
+
+/// `union bpf_attr` of commands about one element.
+#[repr(C)]
+struct Element {
+    map_fd: u32,
+    padding: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// Enters keys with values of zeros, all at once where the kernel can (Linux 5.6).
+pub fn insert_zeros<const K: usize, const V: usize>(map: BorrowedFd<'_>, keys: &[[u8; K]]) -> BpfResult<()> {
+    #[repr(C)]
+    struct Batch {
+        in_batch: u64,
+        out_batch: u64,
+        keys: u64,
+        values: u64,
+        count: u32,
+        map_fd: u32,
+        elem_flags: u64,
+        flags: u64,
+    }
+    if keys.is_empty() {
+        return Ok(());
+    }
+    let values = vec![[0u8; V]; keys.len()];
+    let batch = Batch {
+        in_batch: 0,
+        out_batch: 0,
+        keys: keys.as_ptr().addr() as u64,
+        values: values.as_ptr().addr() as u64,
+        count: keys.len() as u32,
+        map_fd: map.as_raw_fd() as u32,
+        elem_flags: 0,
+        flags: 0,
+    };
+    // SAFETY: keys and values live until the call returns, and there are as many of each as it says.
+    match unsafe { call(MAP_UPDATE_BATCH, &batch) } {
+        Ok(_) => return Ok(()),
+        Err((_, e)) if e.raw_os_error() == Some(libc::EINVAL) => {}
+        Err(e) => return Err(e),
+    }
+    for (key, value) in keys.iter().zip(&values) {
+        let element = Element {
+            map_fd: map.as_raw_fd() as u32,
+            padding: 0,
+            key: key.as_ptr().addr() as u64,
+            value: value.as_ptr().addr() as u64,
+            flags: 0,
+        };
+        // SAFETY: key and value live until the call returns and are as long as the map says.
+        unsafe { call(MAP_UPDATE_ELEM, &element)? };
+    }
+    Ok(())
+}
+
+/// All that is in a map.
+pub fn entries<const K: usize, const V: usize>(map: BorrowedFd<'_>) -> BpfResult<Vec<([u8; K], [u8; V])>> {
+    let mut found = Vec::new();
+    let mut last: Option<[u8; K]> = None;
+    loop {
+        let (mut next, mut value) = ([0u8; K], [0u8; V]);
+        let mut element = Element {
+            map_fd: map.as_raw_fd() as u32,
+            padding: 0,
+            key: last.as_ref().map_or(0, |key| key.as_ptr().addr() as u64),
+            value: next.as_mut_ptr().expose_provenance() as u64,
+            flags: 0,
+        };
+        // SAFETY: the next key is written where there is room for one.
+        match unsafe { call(MAP_GET_NEXT_KEY, &element) } {
+            Err((_, e)) if e.kind() == io::ErrorKind::NotFound => return Ok(found),
+            other => other?,
+        };
+        element.key = next.as_ptr().addr() as u64;
+        element.value = value.as_mut_ptr().expose_provenance() as u64;
+        // SAFETY: key and value live until the call returns and are as long as the map says.
+        match unsafe { call(MAP_LOOKUP_ELEM, &element) } {
+            // Taken out by somebody else meanwhile.
+            Err((_, e)) if e.kind() == io::ErrorKind::NotFound => {}
+            other => {
+                other?;
+                found.push((next, value));
+            }
+        }
+        last = Some(next);
+    }
+}

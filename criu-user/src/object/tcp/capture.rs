@@ -1,0 +1,121 @@
+//! TCP sockets at the dump: what they are, and whether they can be carried over.
+
+use nix::poll::PollFlags;
+
+use super::{Ends, Hold, options};
+use crate::image::proto::InetSkEntry;
+use crate::kernel::inet_diag::{self, TcpSocket};
+use crate::kernel::tcp::{self, Info};
+use crate::kernel::{fd, socket};
+use crate::object::ObjectError;
+use crate::object::file::{Capture, Seen};
+use crate::object::inet::{IPPROTO_MPTCP, is_connection, split_end};
+use crate::object::sockopt::state;
+
+/// TCP_SYN_SENT.
+const SYN_SENT: u32 = 2;
+/// TCP_AO_INFO: there is one only where packets are signed as RFC 5925 says.
+const TCP_AO_INFO: i32 = 40;
+
+/// What sock_diag says, asked when the first connection is met.
+#[derive(Debug, Default)]
+struct Diag(Option<std::collections::HashMap<u32, TcpSocket>>);
+
+impl Diag {
+    fn of(&mut self, ino: u32) -> Result<Option<TcpSocket>, ObjectError> {
+        let all = match &mut self.0 {
+            Some(all) => all,
+            empty => empty.insert(inet_diag::all()?),
+        };
+        Ok(all.get(&ino).copied())
+    }
+}
+
+/// The state of a TCP socket, from TCP_INFO: it is right where sock_diag(7) does not list a socket at all.
+pub fn capture(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry) -> Result<(), ObjectError> {
+    let info = tcp::info(&seen.file)?;
+    entry.state = info.state.into();
+    let opts = options::capture(&seen.file)?;
+    (entry.opts.tcp_keepcnt, entry.opts.tcp_keepidle, entry.opts.tcp_keepintvl) =
+        (opts.keepcnt, opts.keepidle, opts.keepintvl);
+    entry.tcp_opts = Some(opts);
+    if entry.state == state::LISTEN {
+        listening(seen, cx, entry, &info);
+    } else if !cx.options.tcp_close && is_connection(entry) {
+        connection(seen, cx, entry)?;
+    } else if cx.options.tcp_established && was_connected(seen, &info)? {
+        cx.shelf.get::<Hold>().add(seen, Ends::of(entry, 0))?;
+    }
+    Ok(())
+}
+
+fn listening(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry, info: &Info) {
+    entry.backlog = info.backlog;
+    if info.waiting > 0 && !cx.options.tcp_close && !cx.options.skip_in_flight {
+        cx.refuse(seen.refuse(
+            format!("{} TCP client(s) wait to be accepted by the server on port {}", info.waiting, entry.src_port),
+            "dump when it has accepted them, or give --skip-in-flight to drop them",
+        ));
+    }
+}
+
+/// A closed socket is a connection that has come to its end, with all that this means to a reader, or never was one: then
+/// there never was a window of a peer's.
+fn was_connected(seen: &Seen, info: &Info) -> Result<bool, ObjectError> {
+    Ok(info.snd_wnd != 0 && tcp::has_end(&seen.file)?)
+}
+
+/// A connection is held to be read when all are known, or refused.
+fn connection(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry) -> Result<(), ObjectError> {
+    let diag = cx.shelf.get::<Diag>().of(entry.ino)?;
+    // getpeername(2) knows no peer that has not answered.
+    if let Some(socket) = diag.filter(|_| entry.state == SYN_SENT) {
+        (entry.dst_addr, entry.dst_port) = split_end(socket.remote);
+    }
+    let ends = Ends::of(entry, 0);
+    let refused = if cx.options.tcp_established {
+        unsupported(seen, entry, diag)?.map(|what| {
+            (
+                format!("TCP connection {ends} {what}"),
+                "close it, or give --tcp-close to have it restored as a closed socket",
+            )
+        })
+    } else {
+        Some((
+            format!("TCP connection {ends} (state {})", entry.state),
+            "give --tcp-established to keep it, or --tcp-close to have it restored as a closed socket",
+        ))
+    };
+    match refused {
+        Some((what, advice)) => cx.refuse(seen.refuse(what, advice)),
+        None => cx.shelf.get::<Hold>().add(seen, ends)?,
+    }
+    Ok(())
+}
+
+/// What of a connection the kernel does not let go.
+pub fn unsupported(
+    seen: &Seen,
+    entry: &InetSkEntry,
+    diag: Option<TcpSocket>,
+) -> Result<Option<&'static str>, ObjectError> {
+    if entry.proto as i32 == IPPROTO_MPTCP {
+        return Ok(Some("is made of several (MPTCP), whose keys the kernel keeps to itself"));
+    }
+    if diag.is_some_and(|socket| socket.signed) {
+        return Ok(Some("has its packets signed (TCP MD5), and the kernel keeps the keys to itself"));
+    }
+    if socket::option(&seen.file, libc::SOL_TCP, TCP_AO_INFO, 256).is_ok() {
+        return Ok(Some("has its packets signed (TCP-AO), and the kernel keeps the keys to itself"));
+    }
+    if diag.is_some_and(|socket| socket.has_upper_layer) {
+        return Ok(Some("is encrypted by the kernel (TLS, or another upper layer)"));
+    }
+    if fd::poll_now(&seen.file, PollFlags::POLLPRI)?.contains(PollFlags::POLLPRI) {
+        return Ok(Some("has urgent data that was not read yet"));
+    }
+    if entry.state == SYN_SENT && tcp::lengths(&seen.file)?.unacknowledged > 0 {
+        return Ok(Some("has sent data with its first packet (TCP Fast Open), which was not answered yet"));
+    }
+    Ok(None)
+}

@@ -1,0 +1,175 @@
+//! The connections of a dump: held from the first look at them until they are images and nobody's.
+//!
+//! Sockets are out of repair mode at all times but for the microseconds in which one is read, and that is done in a
+//! process of its own: if the engine is killed, the socket that is being read comes out of repair mode all the same, the
+//! gate opens because nobody holds it any more, and the program goes on with its connections. The gate becomes
+//! permanent in the same breath in which the tree is killed, again by a process that finishes what it has begun.
+//! Only then, when nobody can use them any more, are the sockets put into repair mode, in which they die without a word.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+use prost::Message;
+use tracing::{debug, info};
+
+use super::lock::LockError;
+use super::{Connection, Ends, NetworkLock, State, read};
+use crate::freeze::Frozen;
+use crate::image::ImageKind;
+use crate::image::proto::{InventoryEntry, TcpStreamEntry};
+use crate::kernel::apart;
+use crate::kernel::ebpf::Gate;
+use crate::kernel::tcp::{Repair, set_repair};
+use crate::object::ObjectError;
+use crate::object::file::{Capture, Seen};
+
+/// CRIU's number of a dump without a lock that it would have to take away.
+const CRIU_LOCK_SKIP: u32 = 2;
+
+/// A connection whose socket we hold as well.
+#[derive(Debug)]
+struct Socket {
+    /// The description.
+    id: u32,
+    ino: u32,
+    /// Whose it is.
+    pid: i32,
+    fd: i32,
+    file: OwnedFd,
+    ends: Ends,
+}
+
+/// All connections of a dump, and the gate before them.
+#[derive(Debug, Default)]
+pub struct Hold {
+    lock: NetworkLock,
+    gate: Option<Gate>,
+    /// What the gate is called once it is permanent.
+    name: String,
+    sockets: Vec<Socket>,
+}
+
+/// What the reading process says of one connection.
+type Told = Result<Connection, String>;
+
+impl Hold {
+    /// Makes everything ready that need not be done while the tree stands still.
+    pub fn prepare(pid: Pid, lock: NetworkLock) -> Result<Self, LockError> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+        let gate = lock.gate()?;
+        if gate.is_some() {
+            Gate::check_place()?;
+        }
+        Ok(Self { lock, gate, name: format!("{pid}-{now:x}"), sockets: Vec::new() })
+    }
+
+    /// Adds a connection.
+    pub fn add(&mut self, seen: &Seen, ends: Ends) -> Result<(), ObjectError> {
+        let file = crate::kernel::fd::duplicate_above(&seen.file, 3)?;
+        let (pid, ino) = (seen.pid.as_raw(), seen.stat.st_ino as u32);
+        self.sockets.push(Socket { id: seen.id, ino, pid, fd: seen.fd, file, ends });
+        Ok(())
+    }
+
+    /// Closes the gate, then reads all connections and writes their images.
+    pub fn read(&self, cx: &mut Capture<'_>) -> Result<(), ObjectError> {
+        if self.sockets.is_empty() {
+            return Ok(());
+        }
+        if let Some(gate) = &self.gate {
+            let keys: Vec<_> = self.sockets.iter().map(|socket| socket.ends.key()).collect();
+            gate.lock(&keys).map_err(LockError::from)?;
+        }
+        let told = apart::run(|| Ok(self.sockets.iter().flat_map(|socket| tell(&socket.file)).collect()))?;
+        let mut told = told.as_slice();
+        for socket in &self.sockets {
+            let connection = listen(&mut told)
+                .unwrap_or_else(|| Err("the process that reads connections ended early".into()))
+                .map_err(|why| ObjectError::Connection { pid: socket.pid, fd: socket.fd, ends: socket.ends, why })?;
+            debug!(pid = socket.pid, fd = socket.fd, ends = %socket.ends, state = ?connection.state, "connection read");
+            cx.amend(socket.id, |entry| {
+                if let Some(isk) = &mut entry.isk {
+                    isk.state = connection.state as u32;
+                }
+            });
+            let mut image = cx.dir.writer(ImageKind::TcpStream.id(socket.ino.into()))?;
+            image.message_with_payload(&connection.stream, &connection.data)?;
+            image.finish()?;
+        }
+        info!(connections = self.sockets.len(), lock = ?self.lock, "connections are held and read");
+        Ok(())
+    }
+
+    /// Says in the inventory how connections are held.
+    pub fn describe(&self, inventory: &mut InventoryEntry) {
+        if self.sockets.is_empty() {
+            return;
+        }
+        inventory.network_lock_method = Some(CRIU_LOCK_SKIP);
+        inventory.network_lock = Some(self.lock.number());
+        inventory.gate = self.gate.is_some().then(|| self.name.clone());
+    }
+
+    /// Makes the gate permanent and kills the tree, whatever becomes of us meanwhile.
+    pub fn seal(&mut self, frozen: &Frozen) -> Result<(), ObjectError> {
+        let Some(gate) = self.gate.as_mut().filter(|_| !self.sockets.is_empty()) else { return Ok(()) };
+        let failure = apart::run(|| {
+            if let Err(err) = gate.pin(&self.name) {
+                return Ok(err.to_string().into_bytes());
+            }
+            for process in &frozen.processes {
+                // One that is dead already is as good as killed.
+                let _ = process.pidfd.kill(Signal::SIGKILL);
+            }
+            Ok(Vec::new())
+        })?;
+        if failure.is_empty() {
+            return Ok(());
+        }
+        Err(ObjectError::Unpinned { why: String::from_utf8_lossy(&failure).into_owned() })
+    }
+
+    /// Has the sockets end without a word to anybody, when the tree is gone.
+    pub fn silence(self) {
+        for socket in &self.sockets {
+            if let Err(err) = set_repair(&socket.file, Repair::On) {
+                tracing::warn!(ends = %socket.ends, %err, "a socket may leave something behind");
+            }
+        }
+    }
+}
+
+/// Reads one connection, as bytes for the engine: whether that went well, the length, and the connection or the error.
+fn tell(file: impl AsFd) -> Vec<u8> {
+    let (good, body) = match read(file) {
+        Ok(connection) => {
+            let mut body = vec![connection.state as u8];
+            // Growing a vector cannot fail.
+            let _ = connection.stream.encode_length_delimited(&mut body);
+            body.extend(connection.data);
+            (1, body)
+        }
+        Err(err) => (0, err.to_string().into_bytes()),
+    };
+    let mut out = vec![good];
+    out.extend_from_slice(&(body.len() as u32).to_le_bytes());
+    out.extend(body);
+    out
+}
+
+/// What [`tell`] has told of the next connection.
+fn listen(told: &mut &[u8]) -> Option<Told> {
+    let (&good, rest) = told.split_first()?;
+    let (len, rest) = rest.split_first_chunk::<4>()?;
+    let (body, rest) = rest.split_at_checked(u32::from_le_bytes(*len) as usize)?;
+    *told = rest;
+    if good == 0 {
+        return Some(Err(String::from_utf8_lossy(body).into_owned()));
+    }
+    let (&state, mut body) = body.split_first()?;
+    let state = State::of_number(state.into())?;
+    let stream = TcpStreamEntry::decode_length_delimited(&mut body).ok()?;
+    Some(Ok(Connection { state, stream, data: body.to_vec() }))
+}

@@ -1,0 +1,80 @@
+//! Keeping the network away from connections: who does it at dump and at restore.
+
+use criu_common::gate::Connection;
+
+use crate::kernel::ebpf::{EbpfError, EbpfResult, Gate};
+use crate::plan::Connections;
+
+/// How packets of connections are held while there is no socket for them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, serde::Serialize)]
+pub enum NetworkLock {
+    /// By an eBPF program at every interface
+    #[default]
+    Ebpf,
+    /// By netfilter rules (not available)
+    Nftables,
+    /// Not at all: the caller keeps the network away
+    Skip,
+}
+
+/// Why the network cannot be kept away.
+#[derive(Debug, thiserror::Error)]
+pub enum LockError {
+    /// The gate failed.
+    #[error(
+        "cannot hold the packets of connections: {0}; where eBPF is not to be had, keep the network away by other means and give --network-lock skip"
+    )]
+    Gate(#[from] EbpfError),
+    /// There is no such lock.
+    #[error(
+        "this engine has no --network-lock nftables; ebpf needs no netfilter rules, and skip leaves it to you to keep the network away"
+    )]
+    NoNftables,
+}
+
+impl NetworkLock {
+    /// As the inventory names it, in a field of our own.
+    pub fn number(self) -> u32 {
+        self as u32
+    }
+
+    /// What an inventory names.
+    pub fn of_number(number: u32) -> Option<Self> {
+        [Self::Ebpf, Self::Nftables, Self::Skip].into_iter().find(|lock| lock.number() == number)
+    }
+
+    /// A gate, where this lock has one, through which everything passes as yet.
+    pub fn gate(self) -> Result<Option<Gate>, LockError> {
+        match self {
+            Self::Ebpf => Ok(Some(Gate::new()?)),
+            Self::Nftables => Err(LockError::NoNftables),
+            Self::Skip => Ok(None),
+        }
+    }
+
+    /// Locks the connections of a restore: the gate that the dump has left stays closed, else there is a new one, which
+    /// opens with our death.
+    pub fn close(self, connections: &Connections) -> Result<Option<Gate>, LockError> {
+        let left = connections.gate.as_deref().map(Gate::find).transpose()?.flatten();
+        if connections.locked.is_empty() {
+            return Ok(left);
+        }
+        match left {
+            Some(gate) => {
+                gate.lock(&missing(&gate, &connections.locked)?)?;
+                Ok(Some(gate))
+            }
+            None => {
+                let gate = self.gate()?;
+                gate.iter().try_for_each(|gate| gate.lock(&connections.locked))?;
+                Ok(gate)
+            }
+        }
+    }
+}
+
+/// What a gate does not hold yet: entering a connection twice would set its counts back.
+fn missing(gate: &Gate, wanted: &[Connection]) -> EbpfResult<Vec<Connection>> {
+    let held: std::collections::HashSet<Connection> = gate.connections()?.into_iter().map(|(key, _)| key).collect();
+    Ok(wanted.iter().filter(|key| !held.contains(key)).copied().collect())
+}

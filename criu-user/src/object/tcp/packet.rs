@@ -1,0 +1,61 @@
+//! The packets with which a connection is put into its state: TCP segments without data, IP header included.
+
+use std::net::SocketAddr;
+
+use etherparse::PacketBuilder;
+
+use super::course::{Flag, Segment};
+use super::ends::Ends;
+use super::read::TcpError;
+
+/// The bytes of a segment from `ends.local` to `ends.remote`. Timestamps are left out: a receiver takes a packet without
+/// any for one that cannot be old.
+pub fn build(ends: &Ends, segment: &Segment) -> Result<Vec<u8>, TcpError> {
+    const TTL: u8 = 64;
+    let Ends { local, remote } = ends.on_the_wire();
+    let failed = |why: String| TcpError::Packet { from: local, to: remote, why };
+    let ip = match (local, remote) {
+        (SocketAddr::V4(from), SocketAddr::V4(to)) => PacketBuilder::ipv4(from.ip().octets(), to.ip().octets(), TTL),
+        (SocketAddr::V6(from), SocketAddr::V6(to)) => PacketBuilder::ipv6(from.ip().octets(), to.ip().octets(), TTL),
+        _ => return Err(failed("one address is IPv4, the other IPv6".into())),
+    };
+    let mut tcp = ip.tcp(local.port(), remote.port(), segment.seq, segment.window).ack(segment.ack);
+    tcp = match segment.flag {
+        Flag::None => tcp,
+        Flag::Fin => tcp.fin(),
+        Flag::Reset => tcp.rst(),
+    };
+    let mut bytes = Vec::with_capacity(tcp.size(0));
+    tcp.write(&mut bytes, &[]).map_err(|e| failed(e.to_string()))?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use etherparse::{NetSlice, SlicedPacket, TransportSlice};
+
+    use super::*;
+
+    fn check(local: &str, remote: &str, v4: bool) {
+        let ends = Ends { local: local.parse().unwrap(), remote: remote.parse().unwrap() };
+        let segment = Segment { flag: Flag::Fin, seq: 7, ack: u32::MAX, window: 512 };
+        let bytes = build(&ends, &segment).unwrap();
+        let packet = SlicedPacket::from_ip(&bytes).unwrap();
+        assert_eq!(matches!(packet.net, Some(NetSlice::Ipv4(_))), v4);
+        let Some(TransportSlice::Tcp(tcp)) = packet.transport else { panic!("no TCP") };
+        assert_eq!((tcp.source_port(), tcp.destination_port()), (ends.local.port(), ends.remote.port()));
+        assert_eq!((tcp.sequence_number(), tcp.acknowledgment_number(), tcp.window_size()), (7, u32::MAX, 512));
+        assert!(tcp.fin() && tcp.ack() && !tcp.syn() && !tcp.rst());
+    }
+
+    #[test]
+    fn both_families() {
+        check("10.0.0.1:80", "127.0.0.1:4000", true);
+        check("[fd00::1]:80", "[::1]:4000", false);
+    }
+
+    #[test]
+    fn mapped_addresses_travel_as_ipv4() {
+        check("[::ffff:10.0.0.1]:80", "[::ffff:127.0.0.1]:4000", true);
+    }
+}

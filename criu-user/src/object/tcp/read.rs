@@ -1,0 +1,135 @@
+//! Reads a connection from its socket.
+//!
+//! Repair mode lasts from the first call to the last of [`read`], some twenty microseconds: whoever reads must not be
+//! killed meanwhile, or the program finds a socket that refuses everything. [`super::hold`] reads in a process that
+//! nobody kills.
+
+use std::os::fd::AsFd;
+
+use nix::poll::PollFlags;
+
+use super::state::State;
+use crate::image::proto::TcpStreamEntry;
+use crate::kernel::fd::poll_now;
+use crate::kernel::tcp::{self, Lengths, Queue, Repair, options};
+use crate::kernel::{SysError, socket};
+
+/// Why a connection could not be read or made.
+#[derive(Debug, thiserror::Error)]
+pub enum TcpError {
+    /// A call failed.
+    #[error(transparent)]
+    Sys(#[from] SysError),
+    /// The socket is something else by now.
+    #[error("TCP state {number} is none of a connection that could be kept")]
+    State {
+        /// What the kernel says.
+        number: u8,
+    },
+    /// The queues changed while they were read.
+    #[error("the {queue:?} queue had {expected} bytes and then {found}: packets came through; is the network locked?")]
+    Moved {
+        /// Which.
+        queue: Queue,
+        /// What was said.
+        expected: u32,
+        /// What was there.
+        found: usize,
+    },
+    /// Lengths that contradict each other.
+    #[error("{unsent} bytes are unsent, but only {written} were written")]
+    Lengths {
+        /// Never sent.
+        unsent: u32,
+        /// All.
+        written: u32,
+    },
+    /// A packet could not be built.
+    #[error("cannot build a packet from {from} to {to}: {why}")]
+    Packet {
+        /// Its sender.
+        from: std::net::SocketAddr,
+        /// Its receiver.
+        to: std::net::SocketAddr,
+        /// Why.
+        why: String,
+    },
+}
+
+/// A connection: what its images hold.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Connection {
+    /// How far it is.
+    pub state: State,
+    /// Its numbers and what was agreed on.
+    pub stream: TcpStreamEntry,
+    /// What waits to be read, then what waits to be sent or acknowledged.
+    pub data: Vec<u8>,
+}
+
+/// How often a queue is read again that has changed meanwhile: an acknowledgement may have been on its way already.
+const ATTEMPTS: u32 = 5;
+
+/// Reads a connection. Its packets must be held by then. Afterwards the socket is as it was.
+pub fn read(socket: impl AsFd) -> Result<Connection, TcpError> {
+    let fd = socket.as_fd();
+    let reuse = socket::number(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR)?;
+    tcp::set_repair(fd, Repair::On)?;
+    let mut outcome = read_once(fd);
+    for _ in 1..ATTEMPTS {
+        if !matches!(outcome, Err(TcpError::Moved { .. })) {
+            break;
+        }
+        outcome = read_once(fd);
+    }
+    tcp::set_repair(fd, Repair::Off)?;
+    if reuse != 0 {
+        socket::set_number(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, reuse)?;
+    }
+    outcome
+}
+
+fn read_once(fd: std::os::fd::BorrowedFd<'_>) -> Result<Connection, TcpError> {
+    let info = tcp::info(fd)?;
+    let state = State::of_number(info.state.into()).ok_or(TcpError::State { number: info.state })?;
+    let Lengths { received, unacknowledged, unsent } = state.data(tcp::lengths(fd)?);
+    let scaled = info.options & options::WSCALE != 0;
+    let stamped = info.options & options::TIMESTAMPS != 0;
+    let mut stream = TcpStreamEntry {
+        inq_len: received,
+        inq_seq: tcp::queue_seq(fd, Queue::Receive)?,
+        outq_len: unacknowledged,
+        outq_seq: tcp::queue_seq(fd, Queue::Send)?,
+        unsq_len: Some(unsent),
+        opt_mask: info.options.into(),
+        snd_wscale: if scaled { info.snd_wscale.into() } else { 0 },
+        rcv_wscale: scaled.then_some(info.rcv_wscale.into()),
+        mss_clamp: tcp::mss_clamp(fd)?,
+        timestamp: if stamped { Some(tcp::timestamp(fd)?) } else { None },
+        ..TcpStreamEntry::default()
+    };
+    // An error that the program has not seen yet. Asking which would take it away; there are few others than a reset.
+    if state == State::Close && poll_now(fd, PollFlags::empty())?.contains(PollFlags::POLLERR) {
+        stream.reset = Some(true);
+    }
+    let window = tcp::window(fd)?;
+    stream.snd_wl1 = Some(window.snd_wl1);
+    stream.snd_wnd = Some(window.snd_wnd);
+    stream.max_window = Some(window.max_window);
+    stream.rcv_wnd = Some(window.rcv_wnd);
+    stream.rcv_wup = Some(window.rcv_wup);
+    let mut data = queue(fd, Queue::Receive, received)?;
+    data.extend(queue(fd, Queue::Send, unacknowledged)?);
+    Ok(Connection { state, stream, data })
+}
+
+fn queue(fd: std::os::fd::BorrowedFd<'_>, queue: Queue, expected: u32) -> Result<Vec<u8>, TcpError> {
+    if expected == 0 {
+        return Ok(Vec::new());
+    }
+    let bytes = tcp::peek(fd, queue, expected)?;
+    if bytes.len() != expected as usize {
+        return Err(TcpError::Moved { queue, expected, found: bytes.len() });
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,329 @@
+//! TCP connections: the program is moved, its peer outside of the tree goes on and must not notice.
+//!
+//! `E2E_CYCLES` says how often a stream is moved (5 times if it does not).
+
+use std::{env, fs, thread::sleep, time::Duration};
+
+use e2e::{Options, Program, Row, Workload, rows, workload_rows};
+
+/// How often a stream is moved.
+fn cycles() -> u32 {
+    env::var("E2E_CYCLES").map_or(5, |text| text.parse().expect("E2E_CYCLES is a number"))
+}
+
+/// A program that listens, and a peer that has connected to it: both are ready for the second time.
+struct Pair {
+    program: Program,
+    peer: Program,
+}
+
+impl Pair {
+    fn start(case: &str, family: &str, rounds: u32) -> Self {
+        let workload =
+            |case: &str| Workload::new("tcp.py", case).env("E2E_FAMILY", family).env("E2E_ROUNDS", &rounds.to_string());
+        let mut program = workload(case).start();
+        let peer = workload(&format!("{case}_peer")).arg(number(&program, "port").to_string()).start();
+        program.next();
+        Self { program, peer }
+    }
+
+    /// Both check what they have, and end: each may need the other for that.
+    fn finish(mut self) {
+        self.program.go();
+        // First the program looks at the state that it is in, which the peer may change.
+        sleep(Duration::from_millis(50));
+        self.peer.go();
+        self.peer.wait_for_word("ok");
+        self.program.wait_for_word("ok");
+    }
+
+    /// What the program could write is what the peer has read.
+    fn finish_and_compare(mut self) {
+        let sent = number(&self.program, "port");
+        let received = self.peer.file("received");
+        self.program.go();
+        sleep(Duration::from_millis(50));
+        self.peer.go();
+        self.peer.wait_for_word("ok");
+        self.program.wait_for_word("ok");
+        let received = fs::read_to_string(received).expect("what the peer has received");
+        assert_eq!(received, sent.to_string(), "bytes that the peer has received");
+    }
+}
+
+/// A number that a program has written into a file.
+fn number(program: &Program, name: &str) -> u64 {
+    let text = fs::read_to_string(program.file(name)).unwrap_or_else(|error| panic!("the file {name}: {error}"));
+    text.parse().unwrap_or_else(|error| panic!("the file {name} says {text:?}: {error}"))
+}
+
+fn kept(row: &Row) -> Row {
+    row.with(Options::both(&["--tcp-established"]))
+}
+
+/// Dumps and restores, and sees to it that no gate is left.
+fn move_once(row: &Row, program: &Program) {
+    let images = row.dump(program);
+    row.restore(program, &images);
+    let gates = row.restorer.call(&["gate".into(), "list".into()], &images, "gate").expect_success();
+    let own = format!("{}-", program.pid());
+    assert!(!gates.printed.lines().any(|line| line.starts_with(&own)), "gates are left:\n{}", gates.printed);
+}
+
+fn streams(row: &Row, family: &str) {
+    let row = kept(row);
+    let mut pair = Pair::start("stream", family, cycles());
+    for round in 1..=cycles() {
+        move_once(&row, &pair.program);
+        if round < cycles() {
+            pair.program.next();
+        }
+    }
+    pair.program.go();
+    pair.peer.finish();
+    pair.program.wait_for_word("ok");
+}
+
+/// One state, whatever the family.
+fn state(row: &Row, case: &str, family: &str) {
+    let pair = Pair::start(case, family, 1);
+    move_once(&kept(row), &pair.program);
+    pair.finish();
+}
+
+fn unsent_end(row: &Row, case: &str, family: &str) {
+    let pair = Pair::start(case, family, 1);
+    move_once(&kept(row), &pair.program);
+    pair.finish_and_compare();
+}
+
+/// Both ends close at the same time: the peer does when the program has something to say still.
+fn closing(row: &Row, family: &str) {
+    let mut pair = Pair::start("closing", family, 1);
+    pair.peer.next();
+    pair.program.next();
+    move_once(&kept(row), &pair.program);
+    pair.finish_and_compare();
+}
+
+fn syn_sent(row: &Row) {
+    let mut peer = Workload::new("tcp.py", "full").start();
+    let workload = Workload::new("tcp.py", "syn_sent");
+    let port = number(&peer, "port");
+    let mut program = Program::start_with(&workload, "setsid", |command, dir| {
+        fs::write(dir.join("peer"), port.to_string()).expect("writing the peer's port");
+        let out = fs::File::create(dir.join("out")).expect("creating the output file");
+        command.stdin(std::process::Stdio::null()).stdout(out.try_clone().expect("dup")).stderr(out);
+    });
+    move_once(&kept(row), &program);
+    peer.go();
+    program.finish();
+    peer.wait_for_word("ok");
+}
+
+/// A client that nobody has accepted is reason for a refusal, unless it may be dropped.
+fn in_flight(row: &Row) {
+    let mut pair = Pair::start("in_flight", "v4", 1);
+    let images = row.next_images(&pair.program);
+    row.dumper.dump(&pair.program, &images, &kept(row).options).expect_refusal("skip-in-flight");
+    let skipping = row.with(Options { dump: vec!["--skip-in-flight".into()], ..Options::default() });
+    move_once(&skipping, &pair.program);
+    pair.peer.go();
+    pair.program.finish();
+    pair.peer.wait_for_word("ok");
+}
+
+fn refused(row: &Row, case: &str, reason: &str) {
+    let pair = Pair::start(case, "v4", 1);
+    let images = row.next_images(&pair.program);
+    row.dumper.dump(&pair.program, &images, &kept(row).options).expect_refusal(reason);
+    pair.finish();
+}
+
+workload_rows! { "tcp.py", ["--tcp-established"];
+    pair
+    pair_half_closed
+    never_connected
+}
+
+rows! {
+    stream_v4 => |row| streams(row, "v4");
+    stream_v6 => |row| streams(row, "v6");
+    stream_mapped => |row| streams(row, "mapped");
+
+    idle_v4 => |row| state(row, "idle", "v4");
+    idle_v6 => |row| state(row, "idle", "v6");
+    idle_mapped => |row| state(row, "idle", "mapped");
+    stuffed_v4 => |row| state(row, "stuffed", "v4");
+    stuffed_v6 => |row| state(row, "stuffed", "v6");
+
+    close_wait_v4 => |row| state(row, "close_wait", "v4");
+    close_wait_v6 => |row| state(row, "close_wait", "v6");
+    close_wait_mapped => |row| state(row, "close_wait", "mapped");
+    fin_wait2_v4 => |row| state(row, "fin_wait2", "v4");
+    fin_wait2_v6 => |row| state(row, "fin_wait2", "v6");
+    fin_wait2_mapped => |row| state(row, "fin_wait2", "mapped");
+    fin_wait1_v4 => |row| unsent_end(row, "fin_wait1", "v4");
+    fin_wait1_v6 => |row| unsent_end(row, "fin_wait1", "v6");
+    last_ack_v4 => |row| unsent_end(row, "last_ack", "v4");
+    last_ack_v6 => |row| unsent_end(row, "last_ack", "v6");
+    closing_v4 => |row| closing(row, "v4");
+    closing_v6 => |row| closing(row, "v6");
+    closed_v4 => |row| state(row, "closed", "v4");
+    closed_v6 => |row| state(row, "closed", "v6");
+    closed_mapped => |row| state(row, "closed", "mapped");
+    reset_v4 => |row| state(row, "reset", "v4");
+    reset_v6 => |row| state(row, "reset", "v6");
+    request_sent => syn_sent;
+    client_in_flight => in_flight;
+
+    urgent_data => |row| refused(row, "urgent", "urgent");
+    signed_packets => |row| kept(row).refused(&Workload::new("tcp.py", "signed"), "MD5");
+}
+
+/// The engine is killed at random moments: the connection lives on, in the program that was to be dumped or in the one
+/// that a second restore brings back.
+mod killed {
+    use std::{path::Path, time::Instant};
+
+    use e2e::{proc, reaper};
+
+    use super::*;
+    use crate::killed::{Moments, kills, wait_unharmed};
+
+    /// Waits until more of the stream has passed, both ways.
+    fn wait_for_progress(pair: &Pair) {
+        let progress = || fs::read_to_string(pair.program.file("progress")).ok()?.parse::<u64>().ok();
+        let (before, end) = (progress(), Instant::now() + Duration::from_secs(20));
+        while progress() <= before {
+            assert!(Instant::now() < end, "the stream stands still at {before:?}\n{}", pair.program.log());
+            sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn runs(program: &Program) -> bool {
+        proc::stat(program.pid()).is_some_and(|(state, _)| state != 'Z')
+    }
+
+    /// Gates of this program's that are closed.
+    fn gates(row: &Row, program: &Program, images: &Path) -> Vec<String> {
+        let listed = row.restorer.call(&["gate".into(), "list".into()], images, "gate").expect_success().printed;
+        let own = format!("{}-", program.pid());
+        let names = listed.lines().filter(|line| line.starts_with(&own)).filter_map(|line| line.split(' ').next());
+        names.map(str::to_owned).collect()
+    }
+
+    fn in_a_dump(row: &Row) {
+        let row = kept(row);
+        let pair = Pair::start("endless", "v4", 1);
+        let images = row.next_images(&pair.program);
+        let whole = row.dumper.dump(&pair.program, &images, &row.options).expect_success().took.mul_f32(1.3);
+        pair.program.expect_gone(&[pair.program.pid()].into());
+        row.restore(&pair.program, &images);
+        let mut moments = Moments::new();
+        let mut restored = 0;
+        for _ in 0..kills() {
+            wait_for_progress(&pair);
+            let images = row.next_images(&pair.program);
+            fs::create_dir_all(&images).expect("creating a directory");
+            let words = row.dumper.dump_words(&pair.program, &images, &row.options);
+            row.dumper.killed_after(&words, moments.within(whole));
+            // What is to be killed by somebody who goes on without the engine may still be.
+            sleep(Duration::from_millis(20));
+            reaper::try_reap(pair.program.pid());
+            if runs(&pair.program) {
+                wait_unharmed(&pair.program);
+                assert_eq!(gates(&row, &pair.program, &images), [""; 0], "the program runs, and its gate is closed");
+            } else {
+                pair.program.expect_gone(&[pair.program.pid()].into());
+                row.restore(&pair.program, &images);
+                restored += 1;
+            }
+        }
+        println!("{restored} of {} dumps were complete", kills());
+        wait_for_progress(&pair);
+        pair.finish();
+    }
+
+    fn in_a_restore(row: &Row) {
+        let row = kept(row);
+        let pair = Pair::start("endless", "v4", 1);
+        let images = row.dump(&pair.program);
+        let whole = row.restore(&pair.program, &images).outcome.took;
+        let mut moments = Moments::new();
+        for _ in 0..kills() {
+            wait_for_progress(&pair);
+            let images = row.dump(&pair.program);
+            let words = row.restorer.restore_words(&images, &row.options);
+            row.restorer.killed_after(&words, moments.within(whole));
+            sleep(Duration::from_millis(20));
+            reaper::try_reap(pair.program.pid());
+            if runs(&pair.program) {
+                // All but the last step was done.
+                for gate in gates(&row, &pair.program, &images) {
+                    let words = ["gate".into(), "clear".into(), gate.into()];
+                    row.restorer.call(&words, &images, "gate").expect_success();
+                }
+            } else {
+                pair.program.expect_gone(&[pair.program.pid()].into());
+                row.restore(&pair.program, &images);
+            }
+        }
+        wait_for_progress(&pair);
+        pair.finish();
+    }
+
+    rows! {
+        dump => in_a_dump;
+        restore => in_a_restore;
+    }
+}
+
+/// Images are exchanged with CRIU. Its own lock needs netfilter rules that only it takes away again, so neither engine
+/// locks anything, and the peers are silent meanwhile.
+mod interop {
+    use e2e::{Engine, Survey, interop_rows};
+
+    use super::*;
+
+    fn exchange(case: &str, family: &str, dumper: Engine, restorer: Engine) {
+        let row = Row::between(dumper, restorer).with(Options::both(&["--tcp-established", "--network-lock", "skip"]));
+        let pair = Pair::start(case, family, 1);
+        let images = row.dump(&pair.program);
+        row.restore(&pair.program, &images);
+        pair.finish();
+    }
+
+    interop_rows! { "tcp.py", ["--tcp-established", "--network-lock", "skip"];
+        pair
+        pair_half_closed
+    }
+
+    macro_rules! exchanged {
+        ($($name:ident, $case:literal, $family:literal;)*) => {$(
+            mod $name {
+                use super::*;
+
+                #[test]
+                fn ours_to_criu() {
+                    exchange($case, $family, Engine::Ours(Survey::Ebpf), Engine::Peer);
+                }
+
+                #[test]
+                fn criu_to_ours() {
+                    exchange($case, $family, Engine::Peer, Engine::Ours(Survey::Ebpf));
+                }
+            }
+        )*};
+    }
+
+    exchanged! {
+        established_v4, "quiet", "v4";
+        established_v6, "quiet", "v6";
+        established_mapped, "quiet", "mapped";
+        close_wait_v4, "close_wait", "v4";
+        close_wait_v6, "close_wait", "v6";
+        fin_wait2_v4, "fin_wait2", "v4";
+        fin_wait2_v6, "fin_wait2", "v6";
+    }
+}
