@@ -129,6 +129,7 @@ pub fn dump(options: &DumpOptions) -> Result<Summary, DumpError> {
     hold.describe(&mut inventory);
     let frozen = match options.release {
         Release::Kill => {
+            hold.write(&dir)?;
             dir.commit(&inventory)?;
             hold.seal(&frozen)?;
             let lasted = frozen.release(Release::Kill);
@@ -136,10 +137,10 @@ pub fn dump(options: &DumpOptions) -> Result<Summary, DumpError> {
             lasted
         }
         other => {
-            // The gate opens, and the sockets are as they were.
-            drop(hold);
             inventory.gate = None;
+            hold.unlock();
             let lasted = frozen.release(other);
+            hold.write(&dir)?;
             dir.commit(&inventory)?;
             lasted
         }

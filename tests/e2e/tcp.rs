@@ -174,6 +174,7 @@ rows! {
     closed_mapped => |row| state(row, "closed", "mapped");
     reset_v4 => |row| state(row, "reset", "v4");
     reset_v6 => |row| state(row, "reset", "v6");
+    many_connections => |row| state(row, "many", "v4");
     request_sent => syn_sent;
     client_in_flight => in_flight;
 

@@ -616,6 +616,31 @@ def full():
 
 
 @case
+def many():
+    """As many connections as `E2E_CONNECTIONS` says."""
+    number = int(os.environ.get("E2E_CONNECTIONS", "1000"))
+    sock = listener()
+    sock.listen(4096)
+    announce(sock.getsockname()[1])
+    yield
+    ends = [sock.accept()[0] for _ in range(number)]
+    yield
+    for end in ends:
+        end.sendall(b"one")
+    for end in ends:
+        equal(end.recv(10), b"two", "what the peer says")
+
+
+@case
+def many_peer():
+    ends = [call() for _ in range(int(os.environ.get("E2E_CONNECTIONS", "1000")))]
+    yield
+    for end in ends:
+        equal(end.recv(10), b"one", "what the program says")
+        end.sendall(b"two")
+
+
+@case
 def in_flight():
     """A client that was not accepted yet."""
     sock = listener()
