@@ -188,18 +188,20 @@ fn release(
     mut hold: Hold,
 ) -> Result<Duration, DumpError> {
     let mut inventory = inventory(&frozen)?;
-    if options.release == Release::Kill {
-        hold.describe(&mut inventory);
+    hold.describe(&mut inventory);
+    if options.release != Release::Kill {
+        inventory.gate = None;
     }
-    let commit = || -> Result<(), DumpError> {
+    let commit = |hold: &Hold| -> Result<(), DumpError> {
         let begin = Instant::now();
+        hold.write(dir)?;
         dir.commit(&inventory)?;
         info!(took = ?begin.elapsed(), "images are on disk");
         Ok(())
     };
     let first = options.release == Release::Kill || observer.acts_after_dump();
     if first {
-        commit()?;
+        commit(&hold)?;
         if let Err(objection) = tell(observer, Moment::PostDump, Some(options.pid)) {
             dir.withdraw()?;
             return Err(objection.into());
@@ -215,17 +217,18 @@ fn release(
         lasted
     } else {
         // The gate opens, and the sockets are as they were.
-        drop(hold);
-        frozen.release(options.release)
+        hold.unlock();
+        let lasted = frozen.release(options.release);
+        if !first {
+            commit(&hold)?;
+        }
+        lasted
     };
     info!(frozen = ?lasted, "the tree {}", match options.release {
         Release::Kill => "is killed",
         Release::Stop => "is left stopped",
         Release::Resume => "runs on",
     });
-    if !first {
-        commit()?;
-    }
     Ok(lasted)
 }
 

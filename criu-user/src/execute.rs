@@ -115,8 +115,8 @@ pub enum ExecuteError {
 /// Carries out a plan and gives the root of the tree.
 pub fn execute(plan: &Plan, options: &RestoreOptions, observer: &dyn Observer) -> Result<Pid, ExecuteError> {
     execute_locked(plan, options, observer).map_err(|source| match &plan.connections.gate {
-        Some(gate) => ExecuteError::Locked { gate: gate.clone(), source: Box::new(source) },
-        None => source,
+        Some(gate) if Gate::is_pinned(gate) => ExecuteError::Locked { gate: gate.clone(), source: Box::new(source) },
+        _ => source,
     })
 }
 
@@ -165,6 +165,8 @@ fn execute_blocked(
     let outcome = run.adopt(root).and_then(|()| run.all(root));
     if outcome.is_err() {
         run.kill(root);
+    } else if let Some(Err(err)) = run.gate.take().map(Gate::remove) {
+        tracing::warn!(%err, "the gate holds nothing any more, but is still there");
     }
     outcome.map(|()| root)
 }
@@ -363,7 +365,7 @@ impl Run<'_> {
 
     /// Lets packets of connections pass. Nothing can be taken back any more: what fails is told.
     fn connect(&mut self) {
-        if let Some(err) = self.gate.take().and_then(|gate| gate.open().err()) {
+        if let Some(Err(err)) = self.gate.as_ref().map(Gate::unlock) {
             tracing::error!(%err, "the connections of the tree are still held");
         }
         for deed in &self.plan.connections.resume {

@@ -188,14 +188,12 @@ def stream():
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     flow = Stream(sock)
     before = info(sock)
-    for _ in range(ROUNDS):
+    for _ in range(ROUNDS + 1):
         seen = flow.sent, flow.received
         wait_for(lambda: flow.failure or flow.sent > seen[0] and flow.received > seen[1], f"the stream after {seen}", 30)
         flow.alive()
-        yield
         equal(info(sock), before, "state, options and scales")
-    seen = flow.sent, flow.received
-    wait_for(lambda: flow.failure or flow.sent > seen[0] and flow.received > seen[1], f"the stream after {seen}", 30)
+        yield
     flow.end()
 
 
@@ -613,6 +611,31 @@ def full():
     sock.settimeout(20)
     end, _ = sock.accept()
     equal(end.recv(100), b"here I am", "what the program says")
+
+
+@case
+def many():
+    """As many connections as `E2E_CONNECTIONS` says."""
+    number = int(os.environ.get("E2E_CONNECTIONS", "1000"))
+    sock = listener()
+    sock.listen(4096)
+    announce(sock.getsockname()[1])
+    yield
+    ends = [sock.accept()[0] for _ in range(number)]
+    yield
+    for end in ends:
+        end.sendall(b"one")
+    for end in ends:
+        equal(end.recv(10), b"two", "what the peer says")
+
+
+@case
+def many_peer():
+    ends = [call() for _ in range(int(os.environ.get("E2E_CONNECTIONS", "1000")))]
+    yield
+    for end in ends:
+        equal(end.recv(10), b"one", "what the program says")
+        end.sendall(b"two")
 
 
 @case

@@ -101,7 +101,8 @@ fn clear(names: &[String], older_than: Duration) -> Outcome {
     let wanted = |gate: &&Pinned| (names.is_empty() || names.contains(&gate.name)) && gate.age >= older_than;
     for gate in all.iter().filter(wanted) {
         if let Some(found) = Gate::find(&gate.name)? {
-            found.open()?;
+            found.unlock()?;
+            found.remove()?;
             say(format_args!("{} is open", gate.name));
         }
     }

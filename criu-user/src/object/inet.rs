@@ -94,7 +94,7 @@ impl FileKind for Inet {
         if !cx.refusals.is_empty() {
             return Ok(());
         }
-        let hold = cx.shelf.take::<Hold>();
+        let mut hold = cx.shelf.take::<Hold>();
         let outcome = hold.read(cx);
         *cx.shelf.get() = hold;
         outcome

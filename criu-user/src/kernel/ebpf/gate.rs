@@ -3,15 +3,16 @@
 //! A gate lives as long as somebody holds it: the engine, or names in a bpf file system once a dump is complete. Until
 //! then it opens with the engine's death.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use criu_common::gate::{Connection, Held, bytes, from_bytes};
+use nix::ifaddrs::getifaddrs;
 use nix::mount::{MsFlags, mount};
-use nix::net::if_::if_nameindex;
+use nix::net::if_::{InterfaceFlags, if_nametoindex};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::bpf::Purpose;
@@ -61,7 +62,7 @@ fn pinning(path: &Path, call: &'static str) -> impl FnOnce(std::io::Error) -> Eb
 }
 
 impl Gate {
-    /// Puts a gate at both sides of every interface of this network namespace. Everything passes until something is
+    /// Puts a gate at both sides of every interface of this network namespace that is up. Everything passes until something is
     /// locked.
     ///
     /// # Minimum kernel version
@@ -77,16 +78,15 @@ impl Gate {
 
     /// Attaches to interfaces that have no link yet; whether there were any.
     fn cover(&mut self, program: &OwnedFd) -> EbpfResult<bool> {
-        let interfaces = if_nameindex().map_err(|e| EbpfError::Interfaces { source: e.into() })?;
         let mut new = false;
-        for interface in &interfaces {
+        for (interface, index) in interfaces()? {
             for (way, word) in [(Way::In, "in"), (Way::Out, "out")] {
-                let name = format!("{}-{word}", interface.index());
+                let name = format!("{index}-{word}");
                 if self.links.iter().any(|(known, _)| *known == name) {
                     continue;
                 }
-                let link = links::attach(program.as_fd(), interface.index(), way)
-                    .map_err(failed(format!("the interface {:?}", interface.name())))?;
+                let link =
+                    links::attach(program.as_fd(), index, way).map_err(failed(format!("the interface {interface}")))?;
                 self.links.push((name, link));
                 new = true;
             }
@@ -142,6 +142,11 @@ impl Gate {
         Ok(Some(Self { map: fd, links: Vec::new(), pinned: Some(dir) }))
     }
 
+    /// Whether a gate of this name is still closed.
+    pub fn is_pinned(name: &str) -> bool {
+        directory(name).join(MAP).exists()
+    }
+
     /// The connections that it holds, and how much of them it has dropped.
     pub fn connections(&self) -> EbpfResult<Vec<(Connection, Held)>> {
         let all = maps::entries::<KEY, VALUE>(self.map.as_fd()).map_err(failed("the connections of the gate"))?;
@@ -150,8 +155,15 @@ impl Gate {
         Ok(all.iter().map(|(key, value)| (from_bytes(key), held(value))).collect())
     }
 
-    /// Opens it, for good.
-    pub fn open(self) -> EbpfResult<()> {
+    /// Lets everything pass, at once.
+    pub fn unlock(&self) -> EbpfResult<()> {
+        let keys: Vec<[u8; KEY]> = self.connections()?.iter().map(|(key, _)| bytes(key)).collect();
+        maps::delete(self.map.as_fd(), &keys).map_err(failed(format!("{} connections of the gate", keys.len())))
+    }
+
+    /// Takes it away from the interfaces, for good. The kernel needs some ten milliseconds for each: who is in a hurry
+    /// unlocks it first.
+    pub fn remove(self) -> EbpfResult<()> {
         let Some(dir) = &self.pinned else { return Ok(()) };
         fs::remove_dir_all(dir).map_err(pinning(dir, "rmdir"))?;
         // The last one takes the directory of all along.
@@ -183,6 +195,15 @@ pub fn pinned() -> EbpfResult<Vec<Pinned>> {
     }
     found.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(found)
+}
+
+/// Names and numbers of the interfaces that are up: nothing comes through others, and each takes its time.
+fn interfaces() -> EbpfResult<BTreeMap<String, u32>> {
+    let failed = |e: nix::errno::Errno| EbpfError::Interfaces { source: e.into() };
+    let up = getifaddrs().map_err(failed)?.filter(|address| address.flags.contains(InterfaceFlags::IFF_UP));
+    let names: BTreeSet<String> = up.map(|address| address.interface_name).collect();
+    // One that has gone meanwhile has no number.
+    Ok(names.into_iter().filter_map(|name| Some((name.clone(), if_nametoindex(name.as_str()).ok()?))).collect())
 }
 
 fn directory(name: &str) -> PathBuf {

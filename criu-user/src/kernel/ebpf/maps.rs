@@ -14,6 +14,7 @@ use super::bpf::{BpfResult, call, owned};
 const MAP_CREATE: (c_int, &str) = (0, "BPF_MAP_CREATE");
 const MAP_LOOKUP_ELEM: (c_int, &str) = (1, "BPF_MAP_LOOKUP_ELEM");
 const MAP_UPDATE_ELEM: (c_int, &str) = (2, "BPF_MAP_UPDATE_ELEM");
+const MAP_DELETE_ELEM: (c_int, &str) = (3, "BPF_MAP_DELETE_ELEM");
 const MAP_GET_NEXT_KEY: (c_int, &str) = (4, "BPF_MAP_GET_NEXT_KEY");
 const MAP_UPDATE_BATCH: (c_int, &str) = (26, "BPF_MAP_UPDATE_BATCH");
 
@@ -48,19 +49,21 @@ struct Element {
     flags: u64,
 }
 
+/// `union bpf_attr` of commands about many elements.
+#[repr(C)]
+struct Batch {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map_fd: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
 /// Enters keys with values of zeros, all at once where the kernel can (Linux 5.6).
 pub fn insert_zeros<const K: usize, const V: usize>(map: BorrowedFd<'_>, keys: &[[u8; K]]) -> BpfResult<()> {
-    #[repr(C)]
-    struct Batch {
-        in_batch: u64,
-        out_batch: u64,
-        keys: u64,
-        values: u64,
-        count: u32,
-        map_fd: u32,
-        elem_flags: u64,
-        flags: u64,
-    }
     if keys.is_empty() {
         return Ok(());
     }
@@ -91,6 +94,21 @@ pub fn insert_zeros<const K: usize, const V: usize>(map: BorrowedFd<'_>, keys: &
         };
         // SAFETY: key and value live until the call returns and are as long as the map says.
         unsafe { call(MAP_UPDATE_ELEM, &element)? };
+    }
+    Ok(())
+}
+
+/// Takes keys out.
+pub fn delete<const K: usize>(map: BorrowedFd<'_>, keys: &[[u8; K]]) -> BpfResult<()> {
+    for key in keys {
+        let element =
+            Element { map_fd: map.as_raw_fd() as u32, padding: 0, key: key.as_ptr().addr() as u64, value: 0, flags: 0 };
+        // SAFETY: the key lives until the call returns and is as long as the map says.
+        match unsafe { call(MAP_DELETE_ELEM, &element) } {
+            // Taken out by somebody else meanwhile.
+            Err((_, e)) if e.kind() == io::ErrorKind::NotFound => {}
+            other => other.map(drop)?,
+        }
     }
     Ok(())
 }

@@ -17,8 +17,8 @@ use tracing::{debug, info};
 use super::lock::LockError;
 use super::{Connection, Ends, NetworkLock, State, read};
 use crate::freeze::Frozen;
-use crate::image::ImageKind;
 use crate::image::proto::{InventoryEntry, TcpStreamEntry};
+use crate::image::{ImageDir, ImageKind};
 use crate::kernel::apart;
 use crate::kernel::ebpf::Gate;
 use crate::kernel::tcp::{Repair, set_repair};
@@ -49,6 +49,8 @@ pub struct Hold {
     /// What the gate is called once it is permanent.
     name: String,
     sockets: Vec<Socket>,
+    /// What was read of each, in the same order.
+    read: Vec<Connection>,
 }
 
 /// What the reading process says of one connection.
@@ -62,7 +64,7 @@ impl Hold {
         if gate.is_some() {
             Gate::check_place()?;
         }
-        Ok(Self { lock, gate, name: format!("{pid}-{now:x}"), sockets: Vec::new() })
+        Ok(Self { lock, gate, name: format!("{pid}-{now:x}"), ..Self::default() })
     }
 
     /// Adds a connection.
@@ -73,8 +75,8 @@ impl Hold {
         Ok(())
     }
 
-    /// Closes the gate, then reads all connections and writes their images.
-    pub fn read(&self, cx: &mut Capture<'_>) -> Result<(), ObjectError> {
+    /// Closes the gate, then reads all connections.
+    pub fn read(&mut self, cx: &mut Capture<'_>) -> Result<(), ObjectError> {
         if self.sockets.is_empty() {
             return Ok(());
         }
@@ -94,12 +96,27 @@ impl Hold {
                     isk.state = connection.state as u32;
                 }
             });
-            let mut image = cx.dir.writer(ImageKind::TcpStream.id(socket.ino.into()))?;
-            image.message_with_payload(&connection.stream, &connection.data)?;
-            image.finish()?;
+            self.read.push(connection);
         }
         info!(connections = self.sockets.len(), lock = ?self.lock, "connections are held and read");
         Ok(())
+    }
+
+    /// Writes the images. A tree that runs on need not wait for that.
+    pub fn write(&self, dir: &ImageDir) -> Result<(), ObjectError> {
+        for (socket, connection) in self.sockets.iter().zip(&self.read) {
+            let mut image = dir.writer(ImageKind::TcpStream.id(socket.ino.into()))?;
+            image.message_with_payload(&connection.stream, &connection.data)?;
+            image.finish()?;
+        }
+        Ok(())
+    }
+
+    /// Lets packets pass again: the tree runs on, and the sockets are as they were.
+    pub fn unlock(&self) {
+        if let Some(Err(err)) = self.gate.as_ref().map(Gate::unlock) {
+            tracing::warn!(%err, "connections are held until this engine ends");
+        }
     }
 
     /// Says in the inventory how connections are held.
