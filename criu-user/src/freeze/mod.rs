@@ -21,6 +21,7 @@ use crate::kernel::SysError;
 use crate::kernel::cgroup::Freezer;
 use crate::kernel::proc::{self, KeyValues};
 use crate::kernel::ptrace;
+use crate::kernel::survey::PAGE;
 
 /// Why a tree could not be frozen; it runs on.
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +77,17 @@ pub enum FreezeError {
         tid: i32,
         /// What it does.
         what: String,
+        /// The limit.
+        limit: Duration,
+    },
+    /// What an earlier engine left is still under way.
+    #[error(
+        "a dump that was killed has left its agent in the tree of process {pid}, and it has not gone home within {} s: \
+         let the tree go on (SIGCONT, if it is stopped), and dump it again", limit.as_secs()
+    )]
+    Guest {
+        /// The root of the tree.
+        pid: i32,
         /// The limit.
         limit: Duration,
     },
@@ -168,6 +180,9 @@ fn freeze_by_turns(root: Pid, begin: Instant, limit: Duration, group: Option<&Fr
         let since = Instant::now();
         match attempt(root, since, begin + limit, group) {
             Ok(frozen) if !frozen.has_guest() => return Ok(frozen),
+            Ok(frozen) if begin.elapsed() + BREATH >= limit => {
+                return Err(FreezeError::Guest { pid: frozen.root().as_raw(), limit });
+            }
             // A guest of an engine that died is on its way home.
             Ok(_) => {}
             Err(FreezeError::Timeout { tid, what, .. }) if begin.elapsed() + BREATH >= limit => {
@@ -249,11 +264,13 @@ impl Frozen {
     fn has_guest(&self) -> bool {
         let code = &crate::agent::code::guest()[..16];
         self.alive().any(|process| {
-            // Threads mostly wait in the same few pages.
-            let pages: BTreeSet<u64> = process.threads.iter().map(|t| t.stopped.regs.rip & !0xfff).collect();
+            // Threads mostly wait in the same few pages. The code may reach over the end of one into the next.
+            let page = |thread: &FrozenThread| thread.stopped.regs.rip & !(PAGE - 1);
+            let pages: BTreeSet<u64> = process.threads.iter().map(page).collect();
             pages.into_iter().any(|page| {
-                let bytes = process.memory.as_ref().and_then(|m| m.read(page, 4096).ok());
-                bytes.is_some_and(|b| b.chunks(16).any(|line| line == code))
+                let read = |start, len| process.memory.as_ref().and_then(|memory| memory.read(start, len).ok());
+                let bytes = read(page.saturating_sub(PAGE), 2 * PAGE as usize).or_else(|| read(page, PAGE as usize));
+                bytes.is_some_and(|bytes| bytes.chunks(16).any(|line| line == code))
             })
         })
     }
@@ -264,7 +281,9 @@ impl Frozen {
             Release::Resume => {}
             Release::Stop => {
                 for process in self.alive() {
-                    let _ = process.pidfd.kill(Signal::SIGSTOP);
+                    if let Err(err) = process.pidfd.kill(Signal::SIGSTOP) {
+                        tracing::warn!(pid = process.pid.as_raw(), %err, "it is not stopped");
+                    }
                 }
             }
             Release::Kill => return self.kill(),
@@ -278,7 +297,12 @@ impl Frozen {
         // A frozen task of version 1 does not even die.
         std::mem::forget(self.paused.take());
         for process in &self.processes {
-            let _ = process.pidfd.kill(Signal::SIGKILL);
+            // A zombie is no longer there for signals.
+            if let Err(err) = process.pidfd.kill(Signal::SIGKILL)
+                && !process.is_zombie()
+            {
+                tracing::error!(pid = process.pid.as_raw(), %err, "it is still there: kill it before a restore");
+            }
         }
         let frozen = self.since.elapsed();
         let threads = std::mem::take(&mut self.seized.threads);
