@@ -6,14 +6,15 @@ use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
 use serde::Serialize;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
-use crate::agent::Guest;
+use crate::agent::{Guest, alone};
 use crate::freeze::{self, FreezeError, Frozen, FrozenProcess, Release};
 use crate::image::proto::{DumpStatsEntry, InventoryEntry, StatsEntry, TaskKobjIdsEntry};
 use crate::image::{ImageDir, ImageError, ImageKind};
 use crate::kernel::pidfd::PidFd;
-use crate::kernel::survey::Vma;
+use crate::kernel::proc::Shown;
+use crate::kernel::survey::{PAGE, Vma};
 use crate::kernel::surveyor::{Source, SurveyError, Surveyor};
 use crate::kernel::threads::ThreadRecords;
 use crate::object::cgroup::Manage;
@@ -23,8 +24,9 @@ use crate::object::memory::Pages;
 use crate::object::outside::{External, Inherit};
 use crate::object::tcp::{Hold, NetworkLock};
 use crate::object::{
-    ObjectError, Refusal, cgroup, clocks, fs, locks, memfd, memory, seccomp, shmem, task, tree, waits,
+    ObjectError, Refusal, apart, cgroup, clocks, fs, locks, memfd, memory, seccomp, shmem, task, tree, waits,
 };
+use crate::observer::{Moment, Objection, Observer, tell};
 
 /// What to dump, and how.
 #[derive(Debug, Clone)]
@@ -84,34 +86,61 @@ pub enum DumpError {
     /// The survey failed.
     #[error(transparent)]
     Survey(#[from] SurveyError),
+    /// Somebody does not let it happen.
+    #[error(transparent)]
+    Objection(#[from] Objection),
     /// The tree has what cannot be dumped.
     #[error("cannot dump, because of {} thing(s):\n{}", .0.len(), .0.iter().map(|r| format!("  {r}")).collect::<Vec<_>>().join("\n"))]
     Refused(Vec<Refusal>),
 }
 
-/// What a dump came to.
+/// What a dump came to. Times are written in microseconds.
 #[derive(Debug, Clone, Serialize)]
 pub struct Summary {
+    /// The root of the tree.
+    pub pid: i32,
     /// Processes, zombies included.
     pub processes: usize,
     /// Threads.
     pub threads: usize,
     /// How long the tree stood still (until it was killed or ran on).
+    #[serde(rename = "frozen_us", serialize_with = "micros")]
     pub frozen: Duration,
     /// How long it took to stop it.
+    #[serde(rename = "freezing_us", serialize_with = "micros")]
     pub freezing: Duration,
+    /// How long it took to write the images.
+    #[serde(rename = "writing_us", serialize_with = "micros")]
+    pub writing: Duration,
     /// All in all.
+    #[serde(rename = "total_us", serialize_with = "micros")]
     pub total: Duration,
     /// Pages looked at.
     pub pages_scanned: u64,
     /// Pages written.
     pub pages_written: u64,
+    /// The same in bytes.
+    pub bytes_written: u64,
+    /// Bytes written in a second of writing.
+    pub bytes_per_second: u64,
+}
+
+/// Writes a time as a whole number of microseconds.
+pub(crate) fn micros<S: serde::Serializer>(time: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_u64(time.as_micros() as u64)
+}
+
+/// Bytes in a second, for a reader.
+pub(crate) fn rate(bytes: u64, time: Duration) -> u64 {
+    (bytes as f64 / time.as_secs_f64().max(1e-6)) as u64
 }
 
 /// Dumps a tree.
-pub fn dump(options: &DumpOptions) -> Result<Summary, DumpError> {
+pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, DumpError> {
     let begin = Instant::now();
     let dir = ImageDir::create(&options.images_dir)?;
+    info!(pid = options.pid.as_raw(), images = %dir.path().display(), "dump of the tree");
+    tell(observer, Moment::PreDump, Some(options.pid))?;
     let mut surveyor = Surveyor::choose(options.survey, options.pid)?;
     let hold = match options.tcp_established {
         true => Hold::prepare(options.pid, options.network_lock).map_err(ObjectError::from)?,
@@ -121,71 +150,132 @@ pub fn dump(options: &DumpOptions) -> Result<Summary, DumpError> {
     let (processes, threads) = (frozen.processes.len(), frozen.processes.iter().map(|p| p.threads.len()).sum());
     info!(processes, threads, took = ?frozen.took, "the tree stands still");
     let writing = Instant::now();
-    let (pages, links, mut hold) = write_images(options, &dir, &frozen, &mut surveyor, hold)?;
-    info!(pages = pages.written, took = ?writing.elapsed(), "images are written");
+    let (pages, links, hold) = write_images(options, observer, &dir, &frozen, &mut surveyor, hold)?;
+    let writing = writing.elapsed();
+    info!(pages = pages.written, took = ?writing, "images are written");
     let freezing = frozen.took;
-    // A tree that is to be killed must not be before its images are safe; one that runs on need not wait.
-    let mut inventory = inventory(&frozen)?;
-    hold.describe(&mut inventory);
-    let frozen = match options.release {
-        Release::Kill => {
-            hold.write(&dir)?;
-            dir.commit(&inventory)?;
-            hold.seal(&frozen)?;
-            let lasted = frozen.release(Release::Kill);
-            hold.silence();
-            lasted
-        }
-        other => {
-            inventory.gate = None;
-            hold.unlock();
-            let lasted = frozen.release(other);
-            hold.write(&dir)?;
-            dir.commit(&inventory)?;
-            lasted
-        }
-    };
+    let frozen = release(options, observer, &dir, frozen, hold)?;
     links.keep();
+    let bytes_written = pages.written * PAGE;
     let summary = Summary {
+        pid: options.pid.as_raw(),
         processes,
         threads,
         frozen,
         freezing,
+        writing,
         total: begin.elapsed(),
         pages_scanned: pages.scanned,
         pages_written: pages.written,
+        bytes_written,
+        bytes_per_second: rate(bytes_written, writing),
     };
-    write_stats(options, &summary, writing.elapsed())?;
-    info!(frozen = ?summary.frozen, total = ?summary.total, "dump finished");
+    if let Err(err) = write_stats(options, &summary) {
+        warn!(%err, "the dump is good, but has no statistics");
+    }
+    let Summary { frozen, total, pages_written: pages, bytes_per_second, .. } = summary;
+    info!(?frozen, pages, bytes = bytes_written, bytes_per_second, ?total, "dump finished");
     Ok(summary)
+}
+
+/// Completes the dump, and lets the tree go. One that is to be killed must not be before its images are safe; one that
+/// runs on need not wait for that, unless somebody wants to see it standing beside them.
+fn release(
+    options: &DumpOptions,
+    observer: &dyn Observer,
+    dir: &ImageDir,
+    frozen: Frozen,
+    mut hold: Hold,
+) -> Result<Duration, DumpError> {
+    let mut inventory = inventory(&frozen)?;
+    if options.release == Release::Kill {
+        hold.describe(&mut inventory);
+    }
+    let commit = |hold: &Hold| -> Result<(), DumpError> {
+        let begin = Instant::now();
+        hold.write(dir)?;
+        dir.commit(&inventory)?;
+        info!(took = ?begin.elapsed(), "images are on disk");
+        Ok(())
+    };
+    let first = options.release == Release::Kill || observer.acts_after_dump();
+    if first {
+        commit(&hold)?;
+        if let Err(objection) = tell(observer, Moment::PostDump, Some(options.pid)) {
+            dir.withdraw()?;
+            return Err(objection.into());
+        }
+    }
+    let lasted = if options.release == Release::Kill {
+        if let Err(err) = hold.seal(&frozen) {
+            dir.withdraw()?;
+            return Err(err.into());
+        }
+        let lasted = frozen.release(Release::Kill);
+        hold.silence();
+        lasted
+    } else {
+        hold.unlock();
+        frozen.release(options.release)
+    };
+    info!(frozen = ?lasted, "the tree {}", match options.release {
+        Release::Kill => "is killed",
+        Release::Stop => "is left stopped",
+        Release::Resume => "runs on",
+    });
+    if !first {
+        commit(&hold)?;
+    }
+    Ok(lasted)
 }
 
 fn write_images(
     options: &DumpOptions,
+    observer: &dyn Observer,
     dir: &ImageDir,
     frozen: &Frozen,
     surveyor: &mut Surveyor,
     hold: Hold,
 ) -> Result<(Pages, Links, Hold), DumpError> {
     let pids: Vec<Pid> = frozen.processes.iter().map(|p| p.pid).collect();
-    let mut cx = Capture::new(dir, options, pids);
+    let mut cx = Capture::new(dir, options, observer, pids);
     *cx.shelf.get() = hold;
-    refuse_foreign(options, frozen, &mut cx);
+    match write_all(options, dir, frozen, surveyor, &mut cx) {
+        // What cannot be dumped may have been in the way of reading something else.
+        Err(_) if !cx.refusals.is_empty() => Err(DumpError::Refused(cx.refusals)),
+        outcome => outcome.map(|(pages, links)| (pages, links, cx.shelf.take())),
+    }
+}
 
-    let alive: Vec<Pid> = frozen.alive().map(|p| p.pid).collect();
+fn write_all(
+    options: &DumpOptions,
+    dir: &ImageDir,
+    frozen: &Frozen,
+    surveyor: &mut Surveyor,
+    cx: &mut Capture<'_>,
+) -> Result<(Pages, Links), DumpError> {
+    let observer = cx.observer;
+    refuse_foreign(options, frozen, cx);
+    apart::refuse(cx, frozen).map_err(ObjectError::from)?;
+
+    let alive: Vec<Shown> = frozen.alive().map(|p| p.shown).collect();
     let tables = surveyor.descriptors(&alive)?;
-    let pidfds: BTreeMap<Pid, &PidFd> = frozen.alive().map(|p| (p.pid, &p.pidfd)).collect();
+    let pidfds: BTreeMap<Pid, &PidFd> = frozen.alive().map(|p| (p.shown.by, &p.pidfd)).collect();
     let fdinfo = cx.descriptions(&tables, &pidfds)?;
     let mut areas = BTreeMap::new();
     for process in frozen.alive() {
-        let vmas = surveyor.areas(process.pid)?;
-        let entries = memory::areas(&mut cx, process.pid.as_raw(), &vmas)?;
+        let vmas = surveyor.areas(process.shown)?;
+        let entries = memory::areas(cx, process.shown.by.as_raw(), &vmas)?;
         areas.insert(process.pid, (vmas, entries));
     }
-    if !cx.refusals.is_empty() {
-        return Err(DumpError::Refused(std::mem::take(&mut cx.refusals)));
-    }
+    stop_if_refused(cx)?;
 
+    let described: usize = tables.values().map(Vec::len).sum();
+    let mapped: usize = areas.values().map(|(vmas, _)| vmas.len()).sum();
+    info!(by = surveyor.name(), descriptors = described, areas = mapped, "the tree is surveyed");
+    if observer.counts_memory() {
+        observer.expects(alive.iter().map(|process| memory::estimate(process.by)).sum());
+    }
     let mut pages = Pages::default();
     for (n, process) in frozen.processes.iter().enumerate() {
         let id = n as u32 + 1;
@@ -195,34 +285,35 @@ fn write_images(
         };
         let sleeps = process.threads.iter().any(waits::sleeps);
         let records = surveyor.threads(process.pid, sleeps)?;
-        let part = write_process(&mut cx, process, vmas, entries, &records, id)?;
+        let part = write_process(cx, process, vmas, entries, &records, id)?;
         pages.scanned += part.scanned;
         pages.written += part.written;
-        if let Some(table) = fdinfo.get(&process.pid) {
+        if let Some(table) = fdinfo.get(&process.shown.by) {
             dir.write_all(ImageKind::Fdinfo.id(id.into()), table)?;
         }
     }
     // Some things only a thread itself has told.
-    if !cx.refusals.is_empty() {
-        return Err(DumpError::Refused(std::mem::take(&mut cx.refusals)));
-    }
-    let shared = shmem::dump_all(&mut cx, frozen.processes.len() as u32 + 1)?;
+    stop_if_refused(cx)?;
+    info!(pages = pages.written, "all processes are written");
+    let shared = shmem::dump_all(cx, frozen.processes.len() as u32 + 1)?;
     pages.scanned += shared.scanned;
     pages.written += shared.written;
-    seccomp::write(&mut cx)?;
-    cgroup::write(&mut cx)?;
+    info!(pages = shared.written, "shared memory is written");
+    seccomp::write(cx)?;
+    cgroup::write(cx)?;
     dir.write_all(ImageKind::Pstree, &tree::capture(&frozen.processes))?;
-    dir.write_one(ImageKind::Timens.id(0), &clocks::capture(frozen.root())?)?;
-    memfd::finish(&mut cx)?;
-    locks::finish(&mut cx)?;
-    let links = ghost::finish(&mut cx)?;
+    dir.write_one(ImageKind::Timens.id(0), &clocks::capture(frozen.processes[0].shown.by)?)?;
+    memfd::finish(cx)?;
+    locks::finish(cx)?;
+    let links = ghost::finish(cx)?;
     // Programs and directories are looked at with their process.
-    if !cx.refusals.is_empty() {
-        return Err(DumpError::Refused(std::mem::take(&mut cx.refusals)));
-    }
-    let hold = cx.shelf.take();
-    dir.write_all(ImageKind::Files, &cx.into_files())?;
-    Ok((pages, links, hold))
+    stop_if_refused(cx)?;
+    dir.write_all(ImageKind::Files, &cx.take_files())?;
+    Ok((pages, links))
+}
+
+fn stop_if_refused(cx: &mut Capture<'_>) -> Result<(), DumpError> {
+    if cx.refusals.is_empty() { Ok(()) } else { Err(DumpError::Refused(std::mem::take(&mut cx.refusals))) }
 }
 
 fn refuse_foreign(options: &DumpOptions, frozen: &Frozen, cx: &mut Capture<'_>) {
@@ -260,19 +351,29 @@ fn write_process(
     let (Some(memory), Some(first)) = (&process.memory, process.threads.first()) else {
         return Err(ObjectError::contradiction(format!("pid {pid} has no thread")).into());
     };
+    if let Some(call) = first.filters.as_deref().and_then(alone::obstacle) {
+        warn!(
+            pid = pid.as_raw(),
+            call,
+            "the process forbids itself a call that the agent makes: it is not proof against the engine's being killed in the next milliseconds"
+        );
+    }
     let mut guest = Guest::enter(pid, &process.pidfd, first.stopped, memory, &vmas).map_err(ObjectError::from)?;
+    debug!(pid = pid.as_raw(), areas = vmas.len(), "the agent is in");
     let mut captured = task::capture(cx, process, &mut guest, entries, records)?;
-    let pages = memory::dump_private(cx, &mut guest, memory, &vmas, id, &mut captured.mm.vmas)?;
+    debug!(pid = pid.as_raw(), threads = captured.cores.len(), "its state is read");
+    let pages = memory::dump_private(cx, &mut guest, process, &vmas, id, &mut captured.mm.vmas)?;
+    debug!(pid = pid.as_raw(), scanned = pages.scanned, written = pages.written, "its memory is written");
     guest.leave().map_err(ObjectError::from)?;
+    debug!(pid = pid.as_raw(), "the agent is out");
     let name = |kind: ImageKind| kind.id(pid.as_raw() as u64);
     for (tid, core) in &captured.cores {
         cx.dir.write_one(ImageKind::Core.id(tid.as_raw() as u64), core)?;
     }
     cx.dir.write_one(name(ImageKind::Mm), &captured.mm)?;
-    let fs_entry = fs::capture(cx, pid)?;
+    let fs_entry = fs::capture(cx, process.shown.by)?;
     cx.dir.write_one(name(ImageKind::Fs), &fs_entry)?;
     cx.dir.write_one(name(ImageKind::Ids), &own_ids(id))?;
-    debug!(pid = pid.as_raw(), pages = pages.written, "process written");
     Ok(pages)
 }
 
@@ -296,13 +397,13 @@ fn inventory(frozen: &Frozen) -> Result<InventoryEntry, DumpError> {
     })
 }
 
-fn write_stats(options: &DumpOptions, summary: &Summary, writing: Duration) -> Result<(), DumpError> {
+fn write_stats(options: &DumpOptions, summary: &Summary) -> Result<(), ImageError> {
     let micros = |d: Duration| d.as_micros() as u32;
     let stats = StatsEntry {
         dump: Some(DumpStatsEntry {
             freezing_time: micros(summary.freezing),
             frozen_time: micros(summary.frozen),
-            memwrite_time: micros(writing),
+            memwrite_time: micros(summary.writing),
             pages_scanned: summary.pages_scanned,
             pages_written: summary.pages_written,
             ..DumpStatsEntry::default()

@@ -7,9 +7,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::AsRawFd;
 
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
-use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
-use tracing::debug;
+use tracing::{debug, info, warn};
 
 use crate::agent::batch::{HEADER, RECORD};
 use crate::agent::crew::{LEADER_SLOT, THREAD_SLOT};
@@ -21,6 +20,7 @@ use crate::kernel::ptrace::{self, Stop};
 use crate::kernel::survey::{self, PAGE, Vma};
 use crate::kernel::{SysError, error::During};
 use crate::object::{ObjectError, clocks};
+use crate::observer::{Moment, Objection, Observer, tell};
 use crate::plan::{Arg, Call, Deed, Expect, KernelArea, Opened, Plan, Role, Stage, Task, TaskRef};
 use crate::restore::RestoreOptions;
 use crate::waiting;
@@ -37,6 +37,9 @@ pub enum ExecuteError {
     /// An object failed.
     #[error(transparent)]
     Object(#[from] ObjectError),
+    /// Somebody does not let it go on.
+    #[error(transparent)]
+    Objection(#[from] Objection),
     /// A file could not be opened.
     #[error("{what}: {source}")]
     Open {
@@ -83,6 +86,16 @@ pub enum ExecuteError {
         /// Who has it.
         comm: String,
     },
+    /// The pid is still taken.
+    #[error("pid {pid} is in use by {comm}, which has ended, but its parent {parent} has not taken note of it yet")]
+    PidOfZombie {
+        /// The pid.
+        pid: i32,
+        /// Who should wait(2) for it.
+        parent: i32,
+        /// Who had it.
+        comm: String,
+    },
     /// No hole in the address space.
     #[error("no {needed} bytes of address space are free in all processes of the dump")]
     NoHole {
@@ -100,26 +113,29 @@ pub enum ExecuteError {
 }
 
 /// Carries out a plan and gives the root of the tree.
-pub fn execute(plan: &Plan, options: &RestoreOptions) -> Result<Pid, ExecuteError> {
-    execute_locked(plan, options).map_err(|source| match &plan.connections.gate {
+pub fn execute(plan: &Plan, options: &RestoreOptions, observer: &dyn Observer) -> Result<Pid, ExecuteError> {
+    execute_locked(plan, options, observer).map_err(|source| match &plan.connections.gate {
         Some(gate) if Gate::is_pinned(gate) => ExecuteError::Locked { gate: gate.clone(), source: Box::new(source) },
         _ => source,
     })
 }
 
-fn execute_locked(plan: &Plan, options: &RestoreOptions) -> Result<Pid, ExecuteError> {
+fn execute_locked(plan: &Plan, options: &RestoreOptions, observer: &dyn Observer) -> Result<Pid, ExecuteError> {
     refuse_taken_pids(plan)?;
     let gate = options.network_lock.close(&plan.connections).map_err(ObjectError::from)?;
     let mut opened = Opened::default();
     for opener in &plan.opens {
+        debug!("{}", opener.describe());
         let file = opener.open(&opened).map_err(|source| ExecuteError::Open { what: opener.describe(), source })?;
+        observer.moved(opener.memory());
         opened.push(crate::kernel::fd::duplicate_above(&file, plan.first_free_fd)?);
     }
+    info!(files = opened.len(), "files are open");
     // Until they go on, nothing may interrupt the tasks.
     let mask = |set: &SigSet| sigprocmask(SigmaskHow::SIG_SETMASK, Some(set), None).during("sigprocmask", "restore");
     let before = SigSet::thread_get_mask().during("sigprocmask", "restore")?;
     mask(&SigSet::all())?;
-    let outcome = execute_blocked(plan, options, opened, gate);
+    let outcome = execute_blocked(plan, options, observer, opened, gate);
     mask(&before)?;
     outcome
 }
@@ -127,6 +143,7 @@ fn execute_locked(plan: &Plan, options: &RestoreOptions) -> Result<Pid, ExecuteE
 fn execute_blocked(
     plan: &Plan,
     options: &RestoreOptions,
+    observer: &dyn Observer,
     opened: Opened,
     gate: Option<Gate>,
 ) -> Result<Pid, ExecuteError> {
@@ -137,8 +154,14 @@ fn execute_blocked(
     let crew = Crew::new(layout.crew, &layout.members(plan))?;
     let mut kernel_at = vec![Vec::new(); plan.tasks.len()];
     kernel_at[0] = layout.kernel.clone();
-    let mut run = Run { plan, options, crew, layout, opened, gate, kernel_at, rseq: None };
+    let mut run = Run { plan, options, observer, crew, layout, opened, gate, kernel_at, rseq: None };
     let root = run.spawn()?;
+    info!(pid = root.as_raw(), "the root of the tree is there");
+    if plan.clocks.is_some()
+        && let Err(err) = clocks::leave()
+    {
+        warn!(%err, "scripts will see the clocks of the tree");
+    }
     let outcome = run.adopt(root).and_then(|()| run.all(root));
     if outcome.is_err() {
         run.kill(root);
@@ -151,7 +174,11 @@ fn execute_blocked(
 fn refuse_taken_pids(plan: &Plan) -> Result<(), ExecuteError> {
     for task in &plan.tasks {
         if let Ok(stat) = crate::kernel::proc::stat(task.tid, None) {
-            return Err(ExecuteError::PidTaken { pid: task.tid.as_raw(), comm: stat.comm });
+            let (pid, parent) = (task.tid.as_raw(), stat.ppid.as_raw());
+            return Err(match stat.state {
+                'Z' => ExecuteError::PidOfZombie { pid, parent, comm: stat.comm },
+                _ => ExecuteError::PidTaken { pid, comm: stat.comm },
+            });
         }
     }
     Ok(())
@@ -239,6 +266,7 @@ fn hole(used: &[(u64, u64)], needed: u64) -> Option<u64> {
 struct Run<'a> {
     plan: &'a Plan,
     options: &'a RestoreOptions,
+    observer: &'a dyn Observer,
     crew: Crew,
     layout: Layout,
     opened: Opened,
@@ -291,12 +319,20 @@ impl Run<'_> {
 
     fn all(&mut self, root: Pid) -> Result<(), ExecuteError> {
         self.generations()?;
+        info!("memory is filled, and all processes are there");
         let rest = Stage::ALL.into_iter().filter(|s| *s > Stage::Tree);
         let mut born: Vec<usize> =
             (0..self.plan.tasks.len()).filter(|&n| !matches!(self.plan.tasks[n].role, Role::Thread(_))).collect();
         for stage in rest {
             if stage == Stage::Credentials {
                 self.seize(root, &born)?;
+            }
+            if stage == Stage::Last && self.ends(0, stage) {
+                // Its threads die with us from here on; a dead tracee that did would take them along at our very end.
+                ptrace::interrupt(root)?;
+                wait_for_interrupt(root)?;
+                ptrace::set_options(root, 0)?;
+                ptrace::detach(root)?;
             }
             self.stage(stage, &born)?;
             if stage == Stage::Threads {
@@ -305,17 +341,26 @@ impl Run<'_> {
             if stage == Stage::Files {
                 born.retain(|&n| self.plan.tasks[n].role != Role::Ends);
             }
-            for (_, deed) in self.plan.deeds.iter().filter(|(s, _)| *s == stage) {
-                deed.run(&self.opened).map_err(|source| ExecuteError::Deed { what: deed.describe(), source })?;
+            if stage != Stage::Last {
+                self.deeds(stage)?;
             }
         }
-        let deed = |deed: &dyn Deed| {
-            deed.run(&self.opened).map_err(|source| ExecuteError::Deed { what: deed.describe(), source })
-        };
-        self.plan.connections.release.iter().try_for_each(|release| deed(release.as_ref()))?;
+        self.plan.connections.release.iter().try_for_each(|release| self.deed(release.as_ref()))?;
+        info!(tasks = born.len(), "all tasks are complete");
+        tell(self.observer, Moment::PostRestore, Some(root))?;
         // Whoever waits for the end of a pipe must not find us at the other one.
         self.opened.keep_only(&self.plan.connections.files);
         self.go(root, &born)
+    }
+
+    /// What the engine does after a stage.
+    fn deeds(&self, stage: Stage) -> Result<(), ExecuteError> {
+        self.plan.deeds.iter().filter(|(s, _)| *s == stage).try_for_each(|(_, deed)| self.deed(deed.as_ref()))
+    }
+
+    fn deed(&self, deed: &dyn Deed) -> Result<(), ExecuteError> {
+        debug!("{}", deed.describe());
+        deed.run(&self.opened).map_err(|source| ExecuteError::Deed { what: deed.describe(), source })
     }
 
     /// Lets packets of connections pass. Nothing can be taken back any more: what fails is told.
@@ -325,7 +370,7 @@ impl Run<'_> {
         }
         for deed in &self.plan.connections.resume {
             if let Err(err) = deed.run(&self.opened) {
-                tracing::warn!(%err, "{} did not work", deed.describe());
+                warn!(%err, "{} did not work", deed.describe());
             }
         }
         self.opened = Opened::default();
@@ -432,9 +477,11 @@ impl Run<'_> {
             .filter(|a| tasks.contains(&a.task.0))
             .filter_map(|a| Some((self.plan.tasks[a.task.0].pid, self.opened.get(a.file)?, &a.pieces)))
             .collect();
+        let observer = self.observer;
         std::thread::scope(|scope| {
             let engine = scope.spawn(move || {
-                assists.iter().try_for_each(|(pid, file, pieces)| crate::kernel::mem::fill(*pid, file, pieces))
+                let moved = |bytes| observer.moved(bytes);
+                assists.iter().try_for_each(|(pid, file, pieces)| crate::kernel::mem::fill(*pid, file, pieces, moved))
             });
             let outcome = self.stage(Stage::Fill, tasks);
             let engine = engine.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
@@ -454,8 +501,13 @@ impl Run<'_> {
             }
             for (n, calls, batch) in &started {
                 match self.crew.finish(Member(*n), batch) {
-                    Ok(outcome) => self.check(*n, calls, &outcome)?,
-                    Err(AgentError::Gone { .. }) if stage == Stage::Files && self.ends(*n) => {}
+                    Ok(outcome) => {
+                        self.check(*n, calls, &outcome)?;
+                        if stage == Stage::Fill {
+                            self.observer.moved(calls.iter().map(Call::memory).sum());
+                        }
+                    }
+                    Err(AgentError::Gone { .. }) if self.ends(*n, stage) => {}
                     Err(err) => return Err(err.into()),
                 }
             }
@@ -467,20 +519,26 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn ends(&self, n: usize) -> bool {
-        self.plan.tasks[n].role == Role::Ends
+    /// Whether a task ends in this stage: a process that had ended, or the first thread of one that goes on.
+    fn ends(&self, n: usize, stage: Stage) -> bool {
+        let task = &self.plan.tasks[n];
+        match task.role {
+            Role::Ends => stage == Stage::Files,
+            _ => task.resume.is_none() && stage == Stage::Last,
+        }
     }
 
-    /// As many calls as fit into the slot.
+    /// As many calls as fit into the slot, and do not keep those waiting who watch.
     fn batch(&self, n: usize, calls: &[Call]) -> Result<(Batch, usize), ExecuteError> {
         let room = self.crew.room(Member(n)) - HEADER - 256;
         let mut batch = Batch::new();
         let mut buffers = BTreeMap::new();
-        let mut size = 0;
+        let (mut size, mut memory) = (0, 0);
         let mut taken = 0;
         for call in calls {
             size += RECORD + call.args.iter().map(arg_size).sum::<usize>();
-            if taken > 0 && size > room {
+            memory += call.memory();
+            if taken > 0 && (size > room || memory > BATCH_MEMORY) {
                 break;
             }
             self.add(&mut batch, &mut buffers, call);
@@ -585,12 +643,13 @@ impl Run<'_> {
             );
             ptrace::set_regs(task.tid, &regs)?;
         }
-        for task in &alive {
-            let stop = task.stopped && !matches!(task.role, Role::Thread(_)) || self.options.leave_stopped;
-            if stop {
+        for task in plan.tasks.iter().filter(|task| task.role == Role::Leader) {
+            if task.stopped || self.options.leave_stopped {
                 nix::sys::signal::kill(task.pid, nix::sys::signal::Signal::SIGSTOP).during("kill", task.pid)?;
             }
         }
+        tell(self.observer, Moment::PreResume, Some(root))?;
+        self.deeds(Stage::Last)?;
         // The tree is whole. Once nobody dies with us any more, our own death lets all of them go as well as we do: the
         // kernel detaches whatever we have not.
         for task in &alive {
@@ -633,9 +692,10 @@ impl Run<'_> {
 
     /// The crew's area goes last: by a call made at a `syscall` instruction of the program's own.
     fn unmap_crew(&self, task: &Task) -> Result<(), ExecuteError> {
-        let memory = ProcessMemory::open(task.pid)?;
+        // The first thread may have ended.
+        let memory = ProcessMemory::open(task.tid)?;
         let process = self.plan.tasks.iter().find(|t| t.tid == task.pid).unwrap_or(task);
-        let place = find_syscall(&memory, process)
+        let place = find_syscall(&memory, task.tid, process)
             .ok_or(AgentError::NoSlack { pid: task.pid.as_raw(), needed: SYSCALL.len() })?;
         let (start, len) = self.crew.range();
         let mut regs = ptrace::regs(task.tid)?;
@@ -667,28 +727,32 @@ impl Run<'_> {
 
     /// Ends everything that was spawned.
     fn kill(&self, root: Pid) {
-        for task in self.plan.tasks.iter().filter(|t| !matches!(t.role, Role::Thread(_))) {
+        for task in &self.plan.tasks {
             // Only those that the plan has created and that are ours: children of the crew or the engine.
-            let ours = crate::kernel::proc::read_text(&format!("/proc/{}/maps", task.pid))
+            let ours = crate::kernel::proc::read_text(&format!("/proc/{}/maps", task.tid))
                 .is_ok_and(|maps| maps.contains("memfd:criu-ebpf"));
-            if ours || task.pid == root {
+            if ours || task.tid == root {
                 let _ = nix::sys::signal::kill(task.pid, nix::sys::signal::Signal::SIGKILL);
             }
         }
-        if !self.options.sibling {
-            let _ = waitpid(root, None);
+        // A process is gone only when those of its threads that we trace are collected.
+        for task in self.plan.tasks.iter().filter(|task| task.tid != root) {
+            ptrace::reap(task.tid);
         }
+        ptrace::reap(root);
     }
 }
 
+/// Bytes of memory that one batch fills, about.
+const BATCH_MEMORY: u64 = 64 << 20;
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
 
 /// A `syscall` instruction in the process's code: the vDSO has one, for clocks that it cannot read; any library has.
-fn find_syscall(memory: &ProcessMemory, process: &Task) -> Option<u64> {
+fn find_syscall(memory: &ProcessMemory, tid: Pid, process: &Task) -> Option<u64> {
     const PIECE: u64 = 64 << 10;
     let vdso = process.kernel_areas.iter().filter(|a| a.name == "[vdso]").map(|a| (a.start, a.start + a.len));
     let others = || {
-        let vmas = survey::vmas_of(process.pid).unwrap_or_default();
+        let vmas = survey::vmas_of(tid).unwrap_or_default();
         vmas.into_iter().filter(|v| v.flags.contains(survey::VmFlags::EXEC) && v.ino != 0).map(|v| (v.start, v.end))
     };
     let search = |(start, end): (u64, u64)| {

@@ -15,8 +15,9 @@ use crate::agent::guest::Stopped;
 use crate::kernel::cgroup::Freezer;
 use crate::kernel::mem::ProcessMemory;
 use crate::kernel::pidfd::PidFd;
-use crate::kernel::proc::{self, KeyValues, Stat};
+use crate::kernel::proc::{self, KeyValues, Shown, Stat};
 use crate::kernel::ptrace::{self, PendingQueue, Stop};
+use crate::kernel::seccomp_bpf::Filter;
 use crate::kernel::{SysError, regs};
 
 /// Why a tree could not be frozen; it runs on.
@@ -35,6 +36,14 @@ pub enum FreezeError {
         tid: i32,
         /// Its process.
         pid: i32,
+    },
+    /// The kernel's own.
+    #[error("pid {pid} ({comm}) is a thread of the kernel: there is nothing that could be dumped")]
+    KernelThread {
+        /// What was asked for.
+        pid: i32,
+        /// Its name.
+        comm: String,
     },
     /// The engine would have to stop itself.
     #[error("process {pid} is part of the tree to dump and runs the dump itself: start criu-ebpf outside of the tree")]
@@ -106,6 +115,8 @@ pub struct FrozenThread {
     pub xstate: Vec<u8>,
     /// Its registration of restartable sequences.
     pub rseq: Option<ptrace::RseqConfig>,
+    /// Its seccomp filters, oldest first; `None` where we may not ask for them.
+    pub filters: Option<Vec<Filter>>,
 }
 
 impl FrozenThread {
@@ -120,12 +131,12 @@ impl FrozenThread {
 pub struct FrozenProcess {
     /// Its id.
     pub pid: Pid,
+    /// Where /proc shows it.
+    pub shown: Shown,
     /// What /proc/PID/stat said when it stood still.
     pub stat: Stat,
     /// Its live threads, the leader first unless that is dead. None in a zombie.
     pub threads: Vec<FrozenThread>,
-    /// Threads that have ended and not gone: a dead leader.
-    pub dead_threads: Vec<Pid>,
     /// Signals queued for the process.
     pub pending: Vec<[u8; ptrace::SIGINFO_LEN]>,
     /// The signal that stopped it, where job control had.
@@ -139,6 +150,11 @@ pub struct FrozenProcess {
 }
 
 impl FrozenProcess {
+    /// Whether its first thread has ended and others go on.
+    pub fn has_dead_leader(&self) -> bool {
+        self.shown.by != self.pid
+    }
+
     /// Whether it has ended and waits for its parent.
     pub fn is_zombie(&self) -> bool {
         self.threads.is_empty()
@@ -202,21 +218,35 @@ impl Seized {
     }
 }
 
+impl Seized {
+    /// Lets a thread that stands still go on.
+    fn let_go(tid: Pid, seizure: &Seizure) {
+        if let Some(regs) = &seizure.release {
+            let _ = ptrace::set_regs(tid, regs);
+        }
+        let _ = ptrace::detach(tid);
+    }
+}
+
 impl Drop for Seized {
     fn drop(&mut self) {
-        // Some may still be on their way to a stop: PTRACE_DETACH wants them stopped.
-        for (&tid, seizure) in &self.threads {
-            let stopped = seizure.stop.is_some() || matches!(ptrace::wait(tid), Ok(stop) if stop != Stop::Exited);
-            if stopped {
-                if let Some(regs) = &seizure.release {
-                    let _ = ptrace::set_regs(tid, regs);
-                }
-                let _ = ptrace::detach(tid);
+        let (standing, moving): (Vec<_>, Vec<_>) = self.threads.iter().partition(|(_, seizure)| seizure.stop.is_some());
+        for (&tid, seizure) in standing {
+            Self::let_go(tid, seizure);
+        }
+        // The others are still on their way to a stop, and only there can be detached from. Some were only waiting for
+        // those above. A thread that does not come is let go by the kernel when the engine ends.
+        let deadline = Instant::now() + PARTING;
+        for (&tid, seizure) in moving {
+            if let Ok(Some(_)) = wait_for_stop(tid, deadline) {
+                Self::let_go(tid, seizure);
             }
         }
     }
 }
 
+/// How long threads that did not stop in time are waited for once more.
+const PARTING: Duration = Duration::from_millis(20);
 /// How long one attempt waits for a thread before all are let go for a moment: a parent in vfork(2) stops only after
 /// its child has gone on.
 const ATTEMPT: Duration = Duration::from_millis(300);
@@ -254,11 +284,19 @@ fn freeze_by_turns(root: Pid, begin: Instant, limit: Duration, group: Option<&Fr
     }
 }
 
+/// Flag of the kernel's own threads, include/linux/sched.h.
+const PF_KTHREAD: u32 = 0x0020_0000;
+
 fn check_root(root: Pid) -> Result<(), FreezeError> {
     let status = KeyValues::status(root, root).map_err(|_| FreezeError::NoProcess { pid: root.as_raw() })?;
     let tgid = status.number("Tgid", 10)? as i32;
     if tgid != root.as_raw() {
         return Err(FreezeError::IsThread { tid: root.as_raw(), pid: tgid });
+    }
+    if let Ok(stat) = proc::stat(root, None)
+        && stat.flags & PF_KTHREAD != 0
+    {
+        return Err(FreezeError::KernelThread { pid: root.as_raw(), comm: stat.comm });
     }
     Ok(())
 }
@@ -339,6 +377,8 @@ fn seize_threads(pid: Pid, seized: &mut Seized) -> Result<bool, FreezeError> {
                 match ptrace::seize(tid, ptrace::TRACE_SYSGOOD) {
                     Ok(()) => {}
                     Err(_) if is_dead(pid, tid) => continue,
+                    // Of an earlier attempt, in which it did not stop: it still has to.
+                    Err(_) if tracer_of(pid, tid) == Pid::this().as_raw() => {}
                     Err(_) => return Err(refused(pid, tid)),
                 }
             }
@@ -360,8 +400,13 @@ fn is_dead(pid: Pid, tid: Pid) -> bool {
     proc::stat(pid, Some(tid)).map_or(true, |s| matches!(s.state, 'Z' | 'X'))
 }
 
+/// Who traces a thread; 0 if nobody does.
+fn tracer_of(pid: Pid, tid: Pid) -> i32 {
+    KeyValues::status(pid, tid).and_then(|status| status.number("TracerPid", 10)).unwrap_or(0) as i32
+}
+
 fn refused(pid: Pid, tid: Pid) -> FreezeError {
-    let tracer = KeyValues::status(pid, tid).and_then(|s| s.number("TracerPid", 10)).unwrap_or(0) as i32;
+    let tracer = tracer_of(pid, tid);
     if tracer == 0 {
         return FreezeError::Forbidden { tid: tid.as_raw() };
     }
@@ -413,16 +458,15 @@ fn wait_for_stop(tid: Pid, deadline: Instant) -> Result<Option<Stop>, FreezeErro
 }
 
 fn examine(pid: Pid, seized: &mut Seized) -> Result<FrozenProcess, FreezeError> {
-    let stat = proc::stat(pid, None)?;
     let mut tids: Vec<Pid> = seized.threads.iter().filter(|(_, s)| s.process == pid).map(|(&tid, _)| tid).collect();
     tids.sort_by_key(|&tid| (tid != pid, tid));
-    let alive: BTreeSet<Pid> = tids.iter().copied().collect();
-    let dead_threads: Vec<Pid> = proc::threads(pid)?.into_iter().filter(|tid| !alive.contains(tid)).collect();
+    let shown = Shown { pid, by: tids.first().copied().unwrap_or(pid) };
+    let stat = process_stat(shown)?;
     let pending = match tids.first() {
         Some(&tid) => ptrace::pending_signals(tid, PendingQueue::Process)?,
         None => Vec::new(),
     };
-    let memory = if tids.is_empty() { None } else { Some(ProcessMemory::open(pid)?) };
+    let memory = if tids.is_empty() { None } else { Some(ProcessMemory::open(shown.by)?) };
     let mut threads = Vec::with_capacity(tids.len());
     let mut group_stop = None;
     for tid in tids {
@@ -440,18 +484,17 @@ fn examine(pid: Pid, seized: &mut Seized) -> Result<FrozenProcess, FreezeError> 
         }
         threads.push(thread);
     }
-    let pidfd = PidFd::open(pid)?;
-    Ok(FrozenProcess {
-        pid,
-        stat,
-        threads,
-        dead_threads,
-        pending,
-        group_stop,
-        memory,
-        pidfd,
-        children: children_of(pid),
-    })
+    let pidfd = if shown.by == pid { PidFd::open(pid)? } else { PidFd::open_by_thread(shown.by)? };
+    Ok(FrozenProcess { pid, shown, stat, threads, pending, group_stop, memory, pidfd, children: children_of(pid) })
+}
+
+/// Where the first thread has ended, only its name and how it ended are its own.
+fn process_stat(shown: Shown) -> Result<Stat, SysError> {
+    let leader = proc::stat(shown.pid, None)?;
+    if shown.by == shown.pid {
+        return Ok(leader);
+    }
+    Ok(Stat { comm: leader.comm, exit_code: leader.exit_code, ..proc::stat(shown.by, None)? })
 }
 
 fn signal_bits(pending: &[[u8; ptrace::SIGINFO_LEN]]) -> u64 {
@@ -479,7 +522,8 @@ fn examine_thread(
         regs.rip = abort;
     }
     let xstate = ptrace::xstate(tid)?;
-    Ok(FrozenThread { stopped: Stopped { tid, regs, sigmask, signal_waits }, pending, xstate, rseq })
+    let filters = ptrace::seccomp_filters(tid)?;
+    Ok(FrozenThread { stopped: Stopped { tid, regs, sigmask, signal_waits }, pending, xstate, rseq, filters })
 }
 
 /// The abort handler of the critical section that a thread is in: `struct rseq_cs` of include/uapi/linux/rseq.h.

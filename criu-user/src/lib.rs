@@ -3,6 +3,8 @@
 
 #[expect(unsafe_code, reason = "the code that runs inside other processes")]
 pub mod agent;
+pub mod attend;
+pub mod check;
 pub mod cli;
 pub mod dump;
 pub mod execute;
@@ -12,6 +14,7 @@ pub mod image;
 #[expect(unsafe_code, reason = "the room for raw system calls")]
 pub mod kernel;
 pub mod object;
+pub mod observer;
 pub mod plan;
 pub mod restore;
 mod waiting;

@@ -153,6 +153,14 @@ impl Call {
         self
     }
 
+    /// Bytes of memory that it fills from an image.
+    pub fn memory(&self) -> u64 {
+        match self.expect {
+            Expect::Exactly(bytes) if self.nr == libc::SYS_preadv => bytes,
+            _ => 0,
+        }
+    }
+
     /// The name of the system call.
     pub fn name(&self) -> Cow<'static, str> {
         crate::kernel::syscall_name(self.nr)
@@ -201,7 +209,8 @@ pub enum Stage {
     Timers,
     /// Limits, filters and credentials: afterwards the task may be unable to do anything else.
     Credentials,
-    /// What a change of any thread's credentials undoes for its process.
+    /// What a change of any thread's credentials undoes for its process. The engine's deeds after it are done when
+    /// nothing can fail any more, with all files closed.
     Last,
 }
 
@@ -342,6 +351,11 @@ impl Task {
 pub trait Opener: fmt::Debug {
     /// What is opened, for a reader.
     fn describe(&self) -> String;
+
+    /// Bytes of memory that are filled meanwhile.
+    fn memory(&self) -> u64 {
+        0
+    }
 
     /// Opens it. Earlier files of the plan are at hand.
     fn open(&self, opened: &Opened) -> Result<OwnedFd, Box<dyn std::error::Error + Send + Sync>>;

@@ -5,18 +5,21 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use tracing::info;
+use tracing::{info, warn};
 
+use crate::dump::micros;
 use crate::execute::{self, ExecuteError};
 use crate::image::proto::{
     CoreEntry, FileEntry, FsEntry, MmEntry, PstreeEntry, RestoreStatsEntry, StatsEntry, TaskKobjIdsEntry, TimensEntry,
 };
-use crate::image::{ImageDir, ImageError, ImageKind, references};
+use crate::image::{ImageDir, ImageError, ImageKind, TaskState, references};
+use crate::kernel::root::Root;
 use crate::object::cgroup::{Manage, NewRoot};
 use crate::object::file::{Planner, Shelf, read_table};
 use crate::object::outside::Inherit;
 use crate::object::tcp::NetworkLock;
 use crate::object::{ObjectError, cgroup, clocks, creds, fs, locks, memory, shmem, task, tree, waits};
+use crate::observer::{Moment, Objection, Observer, tell};
 use crate::plan::Plan;
 
 /// What to restore, and how.
@@ -26,6 +29,8 @@ pub struct RestoreOptions {
     pub images_dir: PathBuf,
     /// Where logs and statistics go.
     pub work_dir: PathBuf,
+    /// Where the tree's paths start.
+    pub root: Root,
     /// Whether the tree joins the session of the caller.
     pub shell_job: bool,
     /// Whether the root becomes a child of the engine's parent.
@@ -61,12 +66,15 @@ pub enum RestoreError {
     /// The images cannot be made into a plan.
     #[error(transparent)]
     Object(#[from] ObjectError),
+    /// Somebody does not let it happen.
+    #[error(transparent)]
+    Objection(#[from] Objection),
     /// The plan cannot be carried out.
     #[error(transparent)]
     Execute(#[from] ExecuteError),
 }
 
-/// What a restore came to.
+/// What a restore came to. Times are written in microseconds.
 #[derive(Debug, Clone, Serialize)]
 pub struct Summary {
     /// The root of the tree.
@@ -75,22 +83,31 @@ pub struct Summary {
     pub tasks: usize,
     /// System calls that they made.
     pub calls: usize,
+    /// Bytes of memory that were filled.
+    pub bytes_filled: u64,
     /// How long reading and planning took.
+    #[serde(rename = "planning_us", serialize_with = "micros")]
     pub planning: Duration,
     /// All in all.
+    #[serde(rename = "total_us", serialize_with = "micros")]
     pub total: Duration,
 }
 
 /// Restores a tree, and gives its root.
-pub fn restore(options: &RestoreOptions) -> Result<Summary, RestoreError> {
+pub fn restore(options: &RestoreOptions, observer: &dyn Observer) -> Result<Summary, RestoreError> {
     let begin = Instant::now();
     let dir = ImageDir::open(&options.images_dir)?;
+    info!(images = %dir.path().display(), "restore");
+    tell(observer, Moment::PreRestore, None)?;
     let plan = plan(&dir, options)?;
     let planning = begin.elapsed();
     let calls = plan.tasks.iter().flat_map(|t| &t.calls).map(|(_, c)| c.len()).sum();
     info!(tasks = plan.tasks.len(), calls, took = ?planning, "planned");
-    let pid = execute::execute(&plan, options)?;
-    let summary = Summary { pid: pid.as_raw(), tasks: plan.tasks.len(), calls, planning, total: begin.elapsed() };
+    let memory = plan.memory();
+    observer.expects(memory);
+    let pid = execute::execute(&plan, options, observer)?;
+    let total = begin.elapsed();
+    let summary = Summary { pid: pid.as_raw(), tasks: plan.tasks.len(), calls, bytes_filled: memory, planning, total };
     let stats = StatsEntry {
         dump: None,
         restore: Some(RestoreStatsEntry {
@@ -99,8 +116,13 @@ pub fn restore(options: &RestoreOptions) -> Result<Summary, RestoreError> {
             ..RestoreStatsEntry::default()
         }),
     };
-    crate::image::write_service(&options.work_dir, ImageKind::StatsRestore, &stats)?;
-    info!(pid = summary.pid, total = ?summary.total, "restore finished");
+    if let Err(err) = crate::image::write_service(&options.work_dir, ImageKind::StatsRestore, &stats) {
+        warn!(%err, "restored, but there are no statistics");
+    }
+    info!(pid = summary.pid, tasks = summary.tasks, bytes = memory, total = ?summary.total, "restored, and running");
+    if let Err(objection) = tell(observer, Moment::PostResume, Some(pid)) {
+        warn!(pid = summary.pid, "{objection}; the tree runs all the same");
+    }
     Ok(summary)
 }
 
@@ -168,7 +190,7 @@ fn timens_id(processes: &[ProcessImages]) -> u64 {
 fn read_cores(dir: &ImageDir, entries: &[PstreeEntry]) -> Result<HashMap<i32, CoreEntry>, RestoreError> {
     let mut cores = HashMap::new();
     for entry in entries {
-        for tid in entry.threads.iter().copied().chain([entry.pid]) {
+        for &tid in references::threads(entry) {
             if let std::collections::hash_map::Entry::Vacant(slot) = cores.entry(tid as i32) {
                 let name = ImageKind::Core.id(tid.into());
                 let core: CoreEntry = dir.read_one(name)?;
@@ -188,7 +210,7 @@ fn read_processes(
     let mut processes = Vec::new();
     for entry in entries {
         let core = &cores[&(entry.pid as i32)];
-        if core.tc.as_ref().is_some_and(|tc| tc.task_state == task::state::ZOMBIE) {
+        if TaskState::is_gone(core) {
             continue;
         }
         let pid = u64::from(entry.pid);
@@ -220,40 +242,17 @@ fn plan_process(
     cx.descriptors(task, &table)?;
     fs::plan(cx, task, &process.fs)?;
     task::plan_process(cx, task, core, &process.mm)?;
-    for &tid in &process.entry.threads {
+    let leader_ended = core.leader_ended();
+    if leader_ended {
+        task::plan_dead_leader(cx, task, core)?;
+    }
+    for &tid in references::threads(&process.entry).iter().filter(|&&tid| tid != process.entry.pid || !leader_ended) {
         let thread = cx.tasks[&(tid as i32)];
         task::plan_thread(cx, thread, &cores[&(tid as i32)], own)?;
     }
     task::plan_dumpable(cx, task, &process.mm);
-    Ok(())
-}
-
-/// Stays the parent of a restored tree: passes signals on, and gives the root's exit status as a shell would.
-pub fn attend(pid: i32) -> Result<u8, RestoreError> {
-    use nix::sys::signal::{SigSet, Signal, kill};
-    use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-    use nix::unistd::Pid;
-    let root = Pid::from_raw(pid);
-    let forwarded =
-        [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGUSR1, Signal::SIGUSR2];
-    let mut set = SigSet::empty();
-    set.extend(forwarded);
-    set.add(Signal::SIGCHLD);
-    let failed = |call, e| RestoreError::Execute(ExecuteError::Sys(crate::kernel::SysError::new(call, pid, e)));
-    set.thread_block().map_err(|e| failed("sigprocmask", e))?;
-    loop {
-        match waitpid(root, Some(WaitPidFlag::WNOHANG)) {
-            Ok(WaitStatus::Exited(_, code)) => return Ok(code as u8),
-            Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(128 + signal as u8),
-            Ok(_) => {}
-            Err(e) => return Err(failed("waitpid", e)),
-        }
-        match set.wait().map_err(|e| failed("sigwait", e))? {
-            Signal::SIGCHLD => {}
-            signal => {
-                // It may have ended this very moment.
-                let _ = kill(root, signal);
-            }
-        }
+    if leader_ended {
+        task::plan_leaders_end(cx, task, core);
     }
+    Ok(())
 }

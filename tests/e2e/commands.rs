@@ -2,9 +2,16 @@
 
 use std::{collections::BTreeSet, fs, os::unix::fs::PermissionsExt, process::Command, time::Duration};
 
+mod attended;
+mod messages;
+mod options;
+mod reports;
+mod root;
+mod scripts;
+
 use e2e::{Engine, Look, Options, Workload, proc, reaper, rows, workload_rows};
 
-workload_rows! { "special.c"; seccomp_filters seccomp_forbids }
+workload_rows! { "special.c"; seccomp_filters }
 
 fn counter() -> Workload {
     Workload::new("counter.py", "counter")
@@ -17,6 +24,16 @@ fn nothing_left(tree: &BTreeSet<i32>) {
 }
 
 rows! {
+    /// What the program forbids itself the engine does all the same; that it then must not die is said.
+    seccomp_forbids => |row| {
+        let mut program = Workload::new("special.c", "seccomp_forbids").start();
+        let images = row.dump(&program);
+        let log = fs::read_to_string(images.join("dump.log")).expect("the log");
+        assert!(row.dumper.is_peer() || log.contains("memfd_create"), "no warning in\n{log}");
+        row.restore(&program, &images);
+        program.finish();
+    };
+
     /// A dump that leaves the program running leaves no trace in it: no descriptor, no mapping, no changed mask.
     no_trace_of_a_dump => |row| {
         let row = row.with(Options::dump(&["-R"]));
@@ -53,9 +70,6 @@ rows! {
         before.compare(&Look::at(&program));
         program.finish();
     };
-
-    /// A process that another one traces cannot be stopped: refused, and the tree goes on.
-    traced => |row| row.refused(&Workload::new("special.c", "traces"), "trac");
 
     /// Nobody there.
     no_such_process => |row| {

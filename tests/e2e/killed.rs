@@ -89,7 +89,7 @@ rows! {
             if row.restorer.killed_after(&words, moments.within(whole)) {
                 killed += 1;
                 // Killed after its last word it has done its work: then the tree runs.
-                let left = reaper::wait_gone(&tree, Duration::from_secs(2));
+                let left = reaper::wait_gone(&tree, Duration::from_secs(10));
                 let complete = images.join("pid").exists() && left == tree;
                 let states: Vec<_> = left.iter().map(|&pid| (pid, proc::stat(pid), proc::status(pid))).collect();
                 assert!(left.is_empty() || complete, "left over from a killed restore: {states:?}");

@@ -1,15 +1,18 @@
 //! The end-to-end tests: one module per kind of kernel object or program.
 
+mod check;
 mod commands;
 mod counter;
 mod credentials;
 mod events;
 mod files;
+mod freeze;
 mod inet;
 mod killed;
 mod memory;
 mod pipes;
 mod programs;
+mod refusals;
 mod registers;
 mod signals;
 mod survey;

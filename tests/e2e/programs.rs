@@ -152,7 +152,7 @@ fn nginx(row: &Row) {
     let program = Program::start_with(&Workload::program(&["/usr/sbin/nginx", "-c"]), "setsid", start);
     let lines = |name: &str| fs::read_to_string(program.file(name)).unwrap_or_default().lines().count();
     eventually("nginx", || http(port, "/"));
-    assert_eq!(program.tree().len(), 5, "a master and four workers");
+    eventually("a master and four workers", || (program.tree().len() == 5).then_some(()));
     for _ in 0..cycles() {
         without_connections(&program);
         row.cycle(&program);

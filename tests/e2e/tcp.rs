@@ -102,6 +102,14 @@ fn closing(row: &Row, family: &str) {
     pair.finish_and_compare();
 }
 
+/// A thousand at once.
+fn many(row: &Row) {
+    let mut pair = Pair::start("many", "v4", 1);
+    pair.program.next();
+    move_once(&kept(row), &pair.program);
+    pair.finish();
+}
+
 fn syn_sent(row: &Row) {
     let mut peer = Workload::new("tcp.py", "full").start();
     let workload = Workload::new("tcp.py", "syn_sent");
@@ -170,7 +178,7 @@ rows! {
     closed_mapped => |row| state(row, "closed", "mapped");
     reset_v4 => |row| state(row, "reset", "v4");
     reset_v6 => |row| state(row, "reset", "v6");
-    many_connections => |row| state(row, "many", "v4");
+    many_connections => many;
     request_sent => syn_sent;
     client_in_flight => in_flight;
 

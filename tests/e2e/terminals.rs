@@ -30,7 +30,6 @@ workload_rows! { "terminals.py";
     never_opened
     hung_up
     full
-    shell
     no_terminal
 }
 
@@ -83,6 +82,8 @@ fn job_of_a_shell(row: &Row) {
 }
 
 rows! {
+    /// One of its jobs starts a new process all the time.
+    shell => |row| row.check_from_inside(&Workload::new("terminals.py", "shell"));
     /// Started from a shell, whose terminal's master is outside of the tree: refused unless `--shell-job` is given.
     shell_job_unasked => |row| {
         let workload = Workload::new("terminals.py", "from_shell");

@@ -6,6 +6,7 @@ workload_rows! { "timers.c";
     itimer_real
     itimer_virtual
     itimer_profile
+    itimer_pending
     alarm_in_time
     posix_timers
     overrun

@@ -18,10 +18,10 @@ workload_rows! { "tree.py";
 }
 
 /// A cgroup of our own, removed with everything in it gone.
-struct Cgroup(PathBuf);
+pub(crate) struct Cgroup(pub(crate) PathBuf);
 
 impl Cgroup {
-    fn new(parent: &str, name: &str) -> Self {
+    pub(crate) fn new(parent: &str, name: &str) -> Self {
         let path = PathBuf::from(parent).join(format!("e2e-{name}-{}", std::process::id()));
         fs::create_dir_all(&path).unwrap_or_else(|error| panic!("creating {}: {error}", path.display()));
         Self(path)
@@ -58,7 +58,7 @@ fn in_cgroup(row: &e2e::Row, parent: &str, name: &str) {
 }
 
 /// Where cgroup v2 is mounted.
-fn cgroup2() -> String {
+pub(crate) fn cgroup2() -> String {
     fs::read_to_string("/proc/self/mounts")
         .expect("reading the mounts")
         .lines()
@@ -70,13 +70,13 @@ fn cgroup2() -> String {
 }
 
 /// A version 1 hierarchy where there is one, else version 2 once more.
-fn cgroup1() -> String {
+pub(crate) fn cgroup1() -> String {
     let freezer = "/sys/fs/cgroup/freezer";
     if proc::is_mount_point(freezer) { freezer.to_owned() } else { cgroup2() }
 }
 
 /// A name for a cgroup that no other test has.
-fn survey_name(row: &e2e::Row, version: u32) -> String {
+pub(crate) fn survey_name(row: &e2e::Row, version: u32) -> String {
     let survey = if row.dumper == e2e::Engine::Ours(e2e::Survey::Ebpf) { "ebpf" } else { "proc" };
     format!("v{version}-{survey}")
 }

@@ -32,6 +32,9 @@ workload_rows! { "unix.py";
 }
 
 rows! {
+    /// What waits in a connection that nobody has accepted cannot be read: refused, and it is still there.
+    backlog_with_data => |row| row.refused(&Workload::new("unix.py", "backlog_with_data"), "not accepted");
+
     /// The other side belongs to somebody else: refused, and the connection goes on.
     peer_outside => |row| {
         let mut listener = None;

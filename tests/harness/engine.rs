@@ -197,11 +197,23 @@ impl Engine {
 
     /// The same with a standard input.
     pub fn call_with(self, words: &[OsString], images: &Path, verb: &str, input: Option<OwnedFd>) -> Outcome {
+        let mut command = Command::new(self.binary());
+        command.args(words).stdin(input.map_or_else(Stdio::null, Stdio::from));
+        Self::run(command, images, verb)
+    }
+
+    /// Runs the engine by way of a shell script, to which it is `"$@"` and the image directory `$0`.
+    pub fn call_by(self, script: &str, words: &[OsString], images: &Path, verb: &str) -> Outcome {
+        let mut command = Command::new("sh");
+        command.arg("-c").arg(script).arg(images).arg(self.binary()).args(words).stdin(Stdio::null());
+        Self::run(command, images, verb)
+    }
+
+    fn run(mut command: Command, images: &Path, verb: &str) -> Outcome {
         let printed = images.join(format!("{verb}.printed"));
         let out = File::create(&printed).unwrap_or_else(|error| panic!("creating {}: {error}", printed.display()));
         let err = out.try_clone().expect("duplicating a descriptor");
-        let mut command = Command::new(self.binary());
-        command.args(words).stdin(input.map_or_else(Stdio::null, Stdio::from)).stdout(out).stderr(err);
+        command.stdout(out).stderr(err);
         let call = format!("{command:?}");
         let start = Instant::now();
         let mut child = command.spawn().unwrap_or_else(|error| panic!("starting {call}: {error}"));

@@ -28,7 +28,7 @@ pub mod reaper;
 pub mod row;
 pub mod workload;
 
-pub use engine::{Engine, Options, Restored, Survey};
+pub use engine::{Engine, Options, Outcome, Restored, Survey};
 pub use program::Program;
 pub use row::{Look, Row};
 pub use workload::Workload;

@@ -1,6 +1,6 @@
 //! One row of what has to be carried over: the course of a test, and the macros that make tests of it.
 
-use std::{cell::Cell, collections::BTreeMap};
+use std::{cell::Cell, collections::BTreeMap, time::Duration};
 
 use crate::{Engine, Options, Program, Restored, Survey, Workload, engine::adopt, proc};
 
@@ -51,7 +51,7 @@ impl Row {
     /// Dumps, makes sure that every process is gone, restores, and compares what can be seen from outside: the
     /// processes and threads, their mappings, and their descriptors.
     pub fn cycle(&self, program: &Program) -> Restored {
-        let before = Look::at(program);
+        let before = Look::settled(program);
         let images = self.dump(program);
         let restored = adopt(program, &images, self.restorer.restore(&images, &self.options));
         before.compare(&Look::at(program));
@@ -122,6 +122,20 @@ impl Look {
             (pid, seen)
         };
         Self { processes: program.tree().iter().map(look).collect() }
+    }
+
+    /// The same once it does not change any more: what a program has just started may still be on its way.
+    pub fn settled(program: &Program) -> Self {
+        let mut last = Self::at(program);
+        for _ in 0..100 {
+            std::thread::sleep(Duration::from_millis(15));
+            let now = Self::at(program);
+            if now == last {
+                return now;
+            }
+            last = now;
+        }
+        last
     }
 
     /// Fails with the first thing that differs.

@@ -2,6 +2,8 @@
 #include "e2e.h"
 #include <linux/filter.h>
 #include <linux/seccomp.h>
+#include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stddef.h>
 #include <sys/prctl.h>
@@ -61,5 +63,56 @@ static void traces(void)
 	CHECK(!kill(child, SIGKILL) && waitpid(child, NULL, 0) == child, "the child: %m");
 }
 
-static const struct test_case cases[] = { CASE(seccomp_filters), CASE(seccomp_forbids), CASE(traces) };
+/* In vfork(2) a parent cannot be stopped until its child lets it go, which this one does when it is told to. */
+static void vforks(void)
+{
+	pid_t child = vfork();
+	if (!child) {
+		checkpoint();
+		_exit(7);
+	}
+	int status;
+	CHECK(waitpid(child, &status, 0) == child && WEXITSTATUS(status) == 7, "the child: status %x", status);
+}
+
+static void *sleeps(void *flags)
+{
+	CHECK(!unshare((long)flags), "unshare: %m");
+	say_ready();
+	for (;;)
+		pause();
+}
+
+/* A thread with something of its own that threads mostly share. */
+static void apart(long flags)
+{
+	pthread_t thread;
+	CHECK(!pthread_create(&thread, NULL, sleeps, (void *)flags), "pthread_create");
+	while (!told_to_go())
+		pause_ms(5);
+}
+
+static void thread_with_descriptors(void)
+{
+	apart(CLONE_FILES);
+}
+
+static void thread_with_network(void)
+{
+	apart(CLONE_NEWNET);
+}
+
+/* A process that has its parent's memory, descriptors, directories and signal actions. */
+static void shares_with_child(void)
+{
+	static char stack[64 << 10] __attribute__((aligned(16)));
+	int flags = CLONE_VM | CLONE_FILES | CLONE_FS | CLONE_SIGHAND | SIGCHLD;
+	pid_t child = clone((int (*)(void *))(void *)pause, stack + sizeof stack, flags, NULL);
+	CHECK(child > 0, "clone: %m");
+	checkpoint();
+	CHECK(!kill(child, SIGKILL) && waitpid(child, NULL, 0) == child, "the child: %m");
+}
+
+static const struct test_case cases[] = { CASE(seccomp_filters), CASE(seccomp_forbids), CASE(traces), CASE(vforks), CASE(thread_with_descriptors),
+	CASE(thread_with_network), CASE(shares_with_child) };
 RUN_CASES(cases)

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 
-from lib import case, check, equal, main, path, wait_for
+from lib import case, check, equal, log, main, path, wait_for
 
 FAMILY = os.environ.get("E2E_FAMILY", "v4")
 ROUNDS = int(os.environ.get("E2E_ROUNDS", "1"))
@@ -613,6 +613,27 @@ def full():
     equal(end.recv(100), b"here I am", "what the program says")
 
 
+class Clock(threading.Thread):
+    """Looks at the time over and over, and knows the longest time between two looks."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.longest, self.stop = 0, False
+        self.start()
+
+    def run(self):
+        last = time.time_ns()
+        while not self.stop:
+            time.sleep(0.0005)
+            now = time.time_ns()
+            self.longest, last = max(self.longest, now - last), now
+
+    def end(self):
+        self.stop = True
+        self.join()
+        return self.longest
+
+
 @case
 def many():
     """As many connections as `E2E_CONNECTIONS` says."""
@@ -622,6 +643,9 @@ def many():
     announce(sock.getsockname()[1])
     yield
     ends = [sock.accept()[0] for _ in range(number)]
+    clock = Clock()
+    yield
+    log(f"gap {clock.end()}")
     yield
     for end in ends:
         end.sendall(b"one")

@@ -67,6 +67,27 @@ static void itimer_profile(void)
 	interval_timer(ITIMER_PROF, SIGPROF);
 }
 
+/* A periodic one whose signal is pending: it starts anew when that is delivered. */
+static void itimer_pending(void)
+{
+	struct itimerval set = { { 0, 20000 }, { 0, 20000 } }, found;
+	sigset_t alarm, pending;
+	handle(SIGALRM);
+	sigemptyset(&alarm);
+	sigaddset(&alarm, SIGALRM);
+	sigprocmask(SIG_BLOCK, &alarm, NULL);
+	setitimer(ITIMER_REAL, &set, NULL);
+	pause_ms(60);
+	checkpoint();
+	CHECK(!sigpending(&pending) && sigismember(&pending, SIGALRM), "no signal is pending");
+	CHECK(!getitimer(ITIMER_REAL, &found) && found.it_interval.tv_usec == 20000, "another interval");
+	sigprocmask(SIG_UNBLOCK, &alarm, NULL);
+	CHECK(fired == 1, "delivered %d times", fired);
+	for (int i = 0; fired < 5 && i < 1000; i++)
+		pause_ms(5);
+	CHECK(fired >= 5, "the timer stands still");
+}
+
 /* A short one that is due while the program does not exist: it fires once it is back, once. */
 static void alarm_in_time(void)
 {
@@ -376,7 +397,7 @@ static void in_read(void)
 }
 
 static const struct test_case cases[] = {
-	CASE(itimer_real),  CASE(itimer_virtual),      CASE(itimer_profile), CASE(alarm_in_time), CASE(posix_timers),
+	CASE(itimer_real),  CASE(itimer_virtual),      CASE(itimer_profile), CASE(itimer_pending), CASE(alarm_in_time), CASE(posix_timers),
 	CASE(overrun),	    CASE(other_notifications), CASE(clocks),	     CASE(timestamps),	  CASE(in_nanosleep),
 	CASE(in_clock_nanosleep), CASE(in_poll),	       CASE(in_select),	     CASE(in_futex),	  CASE(in_epoll),
 	CASE(in_read),

@@ -80,12 +80,15 @@ def group_without_leader():
 @case
 def session_without_leader():
     """A session whose leader is gone, as a daemon's is."""
+    # Before there is anybody who could lose its parent.
+    call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     outer = os.fork()
     if outer == 0:
         os.setsid()
+        leader = os.getpid()
         inner = os.fork()
         if inner == 0:
-            wait_for(lambda: os.getppid() != outer, "the session leader's end")
+            wait_for(lambda: os.getppid() != leader, "the session leader's end")
             before = place()
             with open(path("place"), "w") as out:
                 out.write(f"{os.getpid()} {before}")
@@ -93,7 +96,6 @@ def session_without_leader():
             wait_for(lambda: os.path.exists(path("told")), "the word to go on")
             os._exit(0 if place() == before else 1)
         os._exit(0)
-    call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     os.waitpid(outer, 0)
     wait_for(lambda: os.path.exists(path("placed")), "the daemon")
     pid = int(open(path("placed")).read().split()[0])

@@ -224,19 +224,38 @@ def peer_names():
 
 @case
 def backlog():
-    """Connections that nobody has accepted yet, one of them with data."""
-    server = unix(STREAM)
-    server.bind(path("socket"))
-    server.listen(5)
-    clients = [unix(STREAM) for _ in range(3)]
+    """Connections that nobody has accepted yet."""
+    server, clients = waiting_clients()
+    yield
     for number, client in enumerate(clients):
-        client.connect(path("socket"))
+        client.send(b"%d" % number)
+        session, _ = server.accept()
+        equal(session.recv(10), b"%d" % number, "in the order in which they came")
+        talk(client, session)
+
+
+@case
+def backlog_with_data():
+    """The same with data, which nobody can read before it is accepted."""
+    server, clients = waiting_clients()
+    for number, client in enumerate(clients):
         client.send(b"%d" % number)
     yield
     for number, client in enumerate(clients):
         session, _ = server.accept()
         equal(session.recv(10), b"%d" % number, "what was sent before it was accepted")
         talk(client, session)
+
+
+def waiting_clients():
+    """A server, and three connections to it that it has not accepted."""
+    server = unix(STREAM)
+    server.bind(path("socket"))
+    server.listen(5)
+    clients = [unix(STREAM) for _ in range(3)]
+    for client in clients:
+        client.connect(path("socket"))
+    return server, clients
 
 
 @case

@@ -1,10 +1,10 @@
-//! `cargo xtask build`: the release engine, with the eBPF programs inside it.
+//! `cargo xtask build`: the release engine, with the eBPF programs inside it, its shell completions and manual pages.
 
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::process::{cargo, engine};
+use crate::process::{cargo, engine, run as run_program, target_dir};
 
 /// One line for the list of tasks.
 pub const ABOUT: &str = "build target/release/criu-ebpf with the eBPF programs inside";
@@ -20,6 +20,8 @@ pub fn run(args: &[String]) -> Result<()> {
     if !messages.lines().any(|line| line.contains("build-script-executed") && line.contains("\"ebpf_programs\"")) {
         bail!("the eBPF programs were left out (see cargo's warning above): run `cargo xtask setup`");
     }
-    eprintln!("built {}", engine().display());
+    let beside = target_dir().join("release");
+    run_program(Command::new(engine()).arg("documents").arg(&beside))?;
+    eprintln!("built {}, and completions/ and man/ beside it", engine().display());
     Ok(())
 }

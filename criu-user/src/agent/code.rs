@@ -12,7 +12,8 @@
 //! | r15 | area of a task that the record creates |
 //!
 //! Area header: 0 socket pair (guest) or turn word (crew) · 16 records left · 24 offset of the first record ·
-//! 32 further threads inside (guest) · 40 this area is a further thread's (guest) · 48 expected parent (crew).
+//! 32 further threads inside (guest) · 40 this area is a further thread's (guest) · 48 expected parent (crew) ·
+//! 64 the control message that brought a descriptor from the engine (guest); all zero without one.
 
 use std::arch::global_asm;
 
@@ -274,7 +275,12 @@ criu_guest_socketpair_done:             // the engine takes the far end and the 
     xor r9d, r9d
     syscall
     jmp 90b
-94: mov eax, 3                          // close(socket)
+94: cmp qword ptr [r12 + 64], 0         // a descriptor that the engine has lent
+    je 93f
+    mov eax, 3                          // close
+    mov edi, [r12 + 80]
+    syscall
+93: mov eax, 3                          // close(socket)
     mov edi, r13d
     syscall
 92: cmp dword ptr [r12 + 32], 0         // a further thread still uses the area: wait for it

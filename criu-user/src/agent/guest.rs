@@ -30,6 +30,9 @@ pub const AREA: usize = 1 << 20;
 /// The part of it in which a further thread's batches run.
 const THREAD_AREA: usize = AREA - (64 << 10);
 const ALL_SIGNALS: u64 = u64::MAX;
+/// Where the message with a lent descriptor lies in the area (see `code`): a `struct cmsghdr` with one descriptor, padded.
+const LENT: usize = 64;
+const LENT_LEN: u64 = 24;
 
 /// A stopped thread, as it was found.
 #[derive(Debug, Clone, Copy)]
@@ -56,6 +59,8 @@ pub struct Guest<'a> {
     area: SharedMap,
     /// Where the process sees the area.
     area_there: u64,
+    /// Number of the descriptor that it has been lent.
+    lent: Option<i32>,
     home: bool,
 }
 
@@ -120,7 +125,7 @@ impl<'a> Guest<'a> {
         let socket = pidfd.get(far_end)?;
         let area = SharedMap::new(&memfd, AREA)?;
         ptrace::cont(thread.tid, 0)?;
-        Ok(Self { pid, thread, memory, code, layout, socket: Some(socket), area, area_there, home: false })
+        Ok(Self { pid, thread, memory, code, layout, socket: Some(socket), area, area_there, lent: None, home: false })
     }
 
     /// The process.
@@ -209,35 +214,32 @@ impl<'a> Guest<'a> {
         Ok(batch.outcome(left, &self.area.read(THREAD_AREA, batch.size())))
     }
 
-    /// Gives the process a descriptor of a file of ours, and tells its number there.
+    /// Gives the process a descriptor of a file of ours, and tells its number there. It keeps the one that it has: it is
+    /// the last thing that is closed on the way home, with the engine's help or without.
     pub fn lend(&mut self, file: impl AsFd) -> Result<i32, AgentError> {
-        /// A `struct cmsghdr` with one descriptor, padded.
-        const CONTROL: usize = 24;
+        if let Some(fd) = self.lent {
+            return Ok(fd);
+        }
         let ours = self.area.read_u64(0) as u32;
         let mut batch = Batch::new();
-        let (byte, control) = (batch.room(1), batch.room(CONTROL));
+        let byte = batch.room(1);
         let iov = batch.bytes(&[0, 1].map(u64::to_le_bytes).concat());
         batch.link(iov, byte);
-        // struct msghdr: name, namelen, iov, iovlen, control, controllen, flags.
-        let header = batch.bytes(&[0, 0, 0, 1, 0, CONTROL as u64, 0].map(u64::to_le_bytes).concat());
+        // struct msghdr: name, namelen, iov, iovlen, control, controllen, flags. The control message goes to where the
+        // guest looks for it on its way home.
+        let control = self.area_there + LENT as u64;
+        let header = batch.bytes(&[0, 0, 0, 1, control, LENT_LEN, 0].map(u64::to_le_bytes).concat());
         batch.link(header.at(16), iov);
-        batch.link(header.at(32), control);
         let receive =
             batch.call(libc::SYS_recvmsg, &[ours.into(), header.into(), (libc::MSG_CMSG_CLOEXEC as u64).into()]);
         let outcome = self.run_with(&batch, Some(file.as_fd()))?;
         let truncated = outcome.u32(header, 48) & libc::MSG_CTRUNC as u32 != 0;
-        match outcome.ret(receive) {
-            Ok(_) if !truncated => Ok(outcome.u32(control, 16) as i32),
-            Ok(_) => Err(AgentError::NoRoom { pid: self.pid.as_raw(), area: AREA, errno: Errno::EMFILE }),
-            Err(errno) => Err(AgentError::NoRoom { pid: self.pid.as_raw(), area: AREA, errno }),
+        let no_room = |errno| AgentError::NoRoom { pid: self.pid.as_raw(), area: AREA, errno };
+        outcome.ret(receive).map_err(no_room)?;
+        if truncated {
+            return Err(no_room(Errno::EMFILE));
         }
-    }
-
-    /// Closes a descriptor that was lent.
-    pub fn take_back(&mut self, fd: i32) -> Result<(), AgentError> {
-        let mut batch = Batch::new();
-        batch.try_call(libc::SYS_close, &[fd.into()]);
-        self.run(&batch).map(drop)
+        Ok(*self.lent.insert(self.area.read_u64(LENT + 16) as i32))
     }
 
     /// Whether the agent's code stands between two addresses.

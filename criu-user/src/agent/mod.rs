@@ -4,6 +4,7 @@
 //! `{nr, args, flags, ret}` in memory shared with the engine. The same loop serves a dump, where it is a guest that has
 //! to lead home by itself ([`Guest`]), and a restore, where it is all that a process consists of at first ([`Crew`]).
 
+pub mod alone;
 pub mod batch;
 pub mod code;
 pub mod crew;

@@ -5,10 +5,17 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
+use indicatif::HumanBytes;
 use nix::unistd::Pid;
 
-use super::{Common, Outcome, log};
-use crate::dump::{self, DumpOptions};
+use super::common::Common;
+use super::error::CliError;
+use super::progress::Progress;
+use super::scripts::Scripts;
+use super::status::StatusFd;
+use super::watcher::Watcher;
+use super::{Outcome, log, say};
+use crate::dump::{self, DumpOptions, Summary};
 use crate::freeze::Release;
 use crate::kernel::surveyor::Source;
 use crate::object::cgroup::Manage;
@@ -32,7 +39,7 @@ pub(super) struct DumpArgs {
     #[arg(short = 'j', long)]
     shell_job: bool,
     /// Seconds after which a tree that does not come to rest is let go
-    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
     timeout: u64,
     /// Something that belongs to somebody outside of the tree: pipe:[INODE], file[MOUNT:INODE], tty[RDEV:DEV], unix[INODE]
     #[arg(long, value_name = "RESOURCE")]
@@ -41,7 +48,7 @@ pub(super) struct DumpArgs {
     #[arg(long, value_name = "fd[N]:RESOURCE")]
     inherit_fd: Vec<Inherit>,
     /// Dump file locks (flock, POSIX, open file description, leases); nobody outside may depend on them
-    #[arg(long)]
+    #[arg(short = 'l', long)]
     file_locks: bool,
     /// Give open files that have lost their name, but have another, one more name until the restore
     #[arg(long)]
@@ -49,6 +56,9 @@ pub(super) struct DumpArgs {
     /// Largest deleted file whose content is kept, on disk; K, M and G may follow
     #[arg(long, value_name = "SIZE", value_parser = size, default_value = "1M")]
     ghost_limit: u64,
+    /// Leave out the holes of deleted files (always done; taken for compatibility with CRIU)
+    #[arg(long)]
+    ghost_fiemap: bool,
     /// Sockets may be connected to named datagram sockets outside of the tree
     #[arg(short = 'x', long)]
     ext_unix_sk: bool,
@@ -103,20 +113,20 @@ fn size(text: &str) -> Result<u64, String> {
 }
 
 pub(super) fn run(args: DumpArgs) -> Outcome {
-    if !args.common.images_dir.exists() {
-        std::fs::DirBuilder::new().create(&args.common.images_dir).ok();
-    }
+    args.common.make_images_dir();
     log::start(&args.common)?;
-    let release = match (args.leave_running, args.leave_stopped) {
-        (true, _) => Release::Resume,
-        (_, true) => Release::Stop,
-        _ => Release::Kill,
-    };
-    let summary = dump::dump(&DumpOptions {
+    let status = StatusFd::take(args.common.status_fd)?;
+    let watcher = Watcher::new(Scripts::new(&args.common)?, Progress::new("writing memory", &args.common), None);
+    let common = args.common;
+    let options = DumpOptions {
         pid: Pid::from_raw(args.pid),
-        work_dir: args.common.work_dir(),
-        images_dir: args.common.images_dir,
-        release,
+        work_dir: common.work_dir(),
+        images_dir: common.images_dir.clone(),
+        release: match (args.leave_running, args.leave_stopped) {
+            (true, _) => Release::Resume,
+            (_, true) => Release::Stop,
+            _ => Release::Kill,
+        },
         timeout: Duration::from_secs(args.timeout),
         shell_job: args.shell_job,
         ext_unix_sk: args.ext_unix_sk,
@@ -136,18 +146,38 @@ pub(super) fn run(args: DumpArgs) -> Outcome {
         file_locks: args.file_locks,
         link_remap: args.link_remap,
         ghost_limit: args.ghost_limit,
-    })?;
-    if args.common.json {
-        println!("{}", serde_json::to_string(&summary)?);
-    } else if !args.common.quiet {
-        println!(
-            "dumped {} processes, {} threads, {} MiB; frozen for {:.1} ms, {:.1} ms in all",
+    };
+    let summary = dump::dump(&options, &watcher).inspect_err(|_| watcher.give_up())?;
+    watcher.finish();
+    if let Some(status) = status {
+        status.report();
+    }
+    report(&common, &summary)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints what it came to.
+fn report(common: &Common, summary: &Summary) -> Result<(), CliError> {
+    if common.json {
+        say(serde_json::to_string(summary)?);
+    } else if !common.quiet {
+        say(format_args!(
+            "dumped {} processes, {} threads, {} pages ({}, {}/s); frozen for {:.1} ms, {:.1} ms in all",
             summary.processes,
             summary.threads,
-            (summary.pages_written * 4096) >> 20,
+            summary.pages_written,
+            HumanBytes(summary.bytes_written),
+            HumanBytes(summary.bytes_per_second),
             summary.frozen.as_secs_f64() * 1e3,
             summary.total.as_secs_f64() * 1e3,
-        );
+        ));
     }
-    Ok(ExitCode::SUCCESS)
+    if common.display_stats && !common.json {
+        say(format_args!("freezing:      {} us", summary.freezing.as_micros()));
+        say(format_args!("frozen:        {} us", summary.frozen.as_micros()));
+        say(format_args!("writing:       {} us", summary.writing.as_micros()));
+        say(format_args!("pages scanned: {}", summary.pages_scanned));
+        say(format_args!("pages written: {}", summary.pages_written));
+    }
+    Ok(())
 }

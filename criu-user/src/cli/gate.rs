@@ -6,7 +6,8 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
-use super::Outcome;
+use super::error::CliError;
+use super::{Outcome, say};
 use crate::kernel::ebpf::Gate;
 use crate::kernel::ebpf::gate::{Pinned, pinned};
 use crate::object::tcp::Ends;
@@ -61,22 +62,23 @@ pub(super) fn run(args: GateArgs) -> Outcome {
 fn list(json: bool) -> Outcome {
     let shown = pinned()?.into_iter().map(show).collect::<Result<Vec<_>, _>>()?;
     if json {
-        println!("{}", serde_json::to_string(&shown)?);
+        say(serde_json::to_string(&shown)?);
         return Ok(ExitCode::SUCCESS);
     }
     for gate in shown {
-        println!("{}  closed for {} s, {} connections", gate.name, gate.age.as_secs(), gate.connections.len());
+        let (name, age, held) = (&gate.name, gate.age.as_secs(), gate.connections.len());
+        say(format_args!("{name}  closed for {age} s, {held} connections"));
         for connection in gate.connections {
-            println!(
+            say(format_args!(
                 "  {} to {}  held {} packets from the peer, {} to it",
                 connection.local, connection.remote, connection.held_from_peer, connection.held_to_peer
-            );
+            ));
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn show(gate: Pinned) -> Result<Shown, Box<dyn std::error::Error>> {
+fn show(gate: Pinned) -> Result<Shown, CliError> {
     // One that was opened meanwhile holds nothing.
     let held = Gate::find(&gate.name)?.map(|gate| gate.connections()).transpose()?.unwrap_or_default();
     let connections = held.into_iter().map(|(key, held)| {
@@ -94,14 +96,14 @@ fn show(gate: Pinned) -> Result<Shown, Box<dyn std::error::Error>> {
 fn clear(names: &[String], older_than: Duration) -> Outcome {
     let all = pinned()?;
     if let Some(unknown) = names.iter().find(|name| all.iter().all(|gate| gate.name != **name)) {
-        return Err(format!("there is no gate {unknown}; `criu-ebpf gate list` shows which there are").into());
+        return Err(CliError::UnknownGate { name: unknown.clone() });
     }
     let wanted = |gate: &&Pinned| (names.is_empty() || names.contains(&gate.name)) && gate.age >= older_than;
     for gate in all.iter().filter(wanted) {
         if let Some(found) = Gate::find(&gate.name)? {
             found.unlock()?;
             found.remove()?;
-            println!("{} is open", gate.name);
+            say(format_args!("{} is open", gate.name));
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -1,18 +1,29 @@
 //! The command line: parses, calls the engine, prints. Names and meanings are those that users of CRIU type.
 
+mod check;
+mod common;
+mod documents;
 mod dump;
+mod error;
 mod gate;
 mod log;
+mod peer;
+mod progress;
 mod restore;
+mod scripts;
+mod status;
+mod watcher;
 
-use std::path::PathBuf;
+use std::io::Write;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Parser, Subcommand};
+
+use error::CliError;
 
 /// Checkpoint and restore process trees.
 #[derive(Debug, Parser)]
-#[command(name = "criu-ebpf", version, about, max_term_width = 100)]
+#[command(name = "criu-ebpf", version, propagate_version = true, about, max_term_width = 100)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -21,62 +32,52 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Write a process tree to images, and kill it unless told otherwise
-    Dump(dump::DumpArgs),
+    Dump(Box<dump::DumpArgs>),
     /// Bring a process tree back from its images
-    Restore(restore::RestoreArgs),
+    Restore(Box<restore::RestoreArgs>),
+    /// Say what this kernel can, and what that means
+    Check(check::CheckArgs),
     /// Show or open the gates that hold connections of dumped trees
     Gate(gate::GateArgs),
+    /// Write shell completions and manual pages into DIR/completions and DIR/man
+    #[command(hide = true)]
+    Documents(documents::DocumentsArgs),
 }
 
-/// Options of every command that works on images.
-#[derive(Debug, Args)]
-pub struct Common {
-    /// Directory of the images
-    #[arg(short = 'D', long, value_name = "DIR", default_value = ".")]
-    images_dir: PathBuf,
-    /// Directory of log files, pid files and statistics [default: the images directory]
-    #[arg(short = 'W', long, value_name = "DIR")]
-    work_dir: Option<PathBuf>,
-    /// Write the log to a file in the work directory instead of to standard error
-    #[arg(short = 'o', long, value_name = "FILE")]
-    log_file: Option<PathBuf>,
-    /// How much to log: 0 nothing, 1 errors, 2 warnings, 3 the story, 4 everything
-    #[arg(short = 'v', long, value_name = "LEVEL", num_args = 0..=1, default_value_t = 2, default_missing_value = "3")]
-    verbosity: u8,
-    /// Print the summary as JSON
-    #[arg(long)]
-    json: bool,
-    /// Print nothing but errors
-    #[arg(long)]
-    quiet: bool,
-    /// Ignore configuration files (there are none; taken for compatibility with CRIU)
-    #[arg(long)]
-    no_default_config: bool,
-}
+/// How a command ends.
+type Outcome = Result<ExitCode, CliError>;
 
-impl Common {
-    fn work_dir(&self) -> PathBuf {
-        self.work_dir.clone().unwrap_or_else(|| self.images_dir.clone())
-    }
-}
+/// Exit status of wrong usage.
+const USAGE: u8 = 2;
 
 /// Runs the command line; what it says and how it ends.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
-    let outcome = match cli.command {
-        Command::Dump(args) => dump::run(args),
-        Command::Restore(args) => restore::run(args),
-        Command::Gate(args) => gate::run(args),
-    };
-    match outcome {
-        Ok(code) => code,
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
         Err(err) => {
-            tracing::error!("{err}");
-            eprintln!("criu-ebpf: {err}");
-            ExitCode::from(1)
+            let Some(refusal) = peer::refusal(&err) else { err.exit() };
+            eprintln!("criu-ebpf: {refusal}");
+            return ExitCode::from(USAGE);
         }
-    }
+    };
+    let outcome = match cli.command {
+        Command::Dump(args) => dump::run(*args),
+        Command::Restore(args) => restore::run(*args),
+        Command::Check(args) => check::run(args),
+        Command::Gate(args) => gate::run(args),
+        Command::Documents(args) => documents::run(&args),
+    };
+    outcome.unwrap_or_else(|err| {
+        let text = err.to_string();
+        for line in text.lines() {
+            tracing::error!(target: log::OUTCOME, "{line}");
+        }
+        eprintln!("criu-ebpf: {text}");
+        ExitCode::FAILURE
+    })
 }
 
-/// The outcome of a command.
-type Outcome = Result<ExitCode, Box<dyn std::error::Error>>;
+/// Prints a line for the user. Whoever reads only the head of it closes the pipe, which is no failure.
+fn say(line: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}

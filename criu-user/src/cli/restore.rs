@@ -1,15 +1,29 @@
 //! `criu-ebpf restore`.
 
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use clap::Args;
+use indicatif::HumanBytes;
+use nix::unistd::Pid;
 
-use super::{Common, Outcome, log};
+use super::common::Common;
+use super::error::CliError;
+use super::progress::Progress;
+use super::scripts::Scripts;
+use super::status::{PidFile, StatusFd};
+use super::watcher::Watcher;
+use super::{Outcome, log, say};
+use crate::attend::{Attendant, Terminal};
+use crate::explain;
+use crate::image::ImageDir;
+use crate::kernel::root::Root;
 use crate::object::cgroup::{Manage, NewRoot};
 use crate::object::outside::{External, Inherit};
 use crate::object::tcp::NetworkLock;
-use crate::restore::{self, RestoreOptions};
+use crate::restore::{self, RestoreOptions, Summary};
 
 #[derive(Debug, Args)]
 pub(super) struct RestoreArgs {
@@ -21,9 +35,17 @@ pub(super) struct RestoreArgs {
     /// Make the root of the tree a child of the caller (needs --restore-detached)
     #[arg(short = 'S', long, requires = "restore_detached")]
     restore_sibling: bool,
-    /// Write the pid of the root to a file
+    /// Write the pid of the root to a new file in the work directory
     #[arg(long, value_name = "FILE")]
     pidfile: Option<PathBuf>,
+    /// Become this command, given behind "--", once the tree runs: it is the parent of the root then
+    #[arg(long, requires = "command", conflicts_with = "restore_detached")]
+    exec_cmd: bool,
+    #[arg(last = true, value_name = "COMMAND", requires = "exec_cmd")]
+    command: Vec<OsString>,
+    /// Directory in which the paths of the images start, and which is the root of the tree
+    #[arg(short = 'r', long, value_name = "DIR")]
+    root: Option<PathBuf>,
     /// Put the tree into the session of the caller
     #[arg(short = 'j', long)]
     shell_job: bool,
@@ -45,6 +67,9 @@ pub(super) struct RestoreArgs {
     /// Accept files whose size or content has changed since the dump
     #[arg(long)]
     skip_file_validation: bool,
+    /// Accept files whose permissions have changed since the dump (always done; taken for compatibility with CRIU)
+    #[arg(long)]
+    skip_file_rwx_check: bool,
     /// Descriptor N stands for something outside of the tree: pipe:[INODE], file[MOUNT:INODE], or a path
     #[arg(long, value_name = "fd[N]:RESOURCE")]
     inherit_fd: Vec<Inherit>,
@@ -52,7 +77,7 @@ pub(super) struct RestoreArgs {
     #[arg(long, value_name = "RESOURCE")]
     external: Vec<External>,
     /// Restore file locks (those of a dump always are; taken for compatibility with CRIU)
-    #[arg(long)]
+    #[arg(short = 'l', long)]
     file_locks: bool,
     /// Follow names that the dump gave (always done; taken for compatibility with CRIU)
     #[arg(long)]
@@ -67,16 +92,41 @@ pub(super) struct RestoreArgs {
     /// Put the tree into this control group instead of the one that its root was in; may be given for each controller
     #[arg(long, value_name = "[CONTROLLER:]PATH")]
     cgroup_root: Vec<NewRoot>,
-    /// Print the plan, and restore nothing
+    /// Print the plan, as JSON with --json, and restore nothing
     #[arg(long)]
     explain: bool,
 }
 
 pub(super) fn run(args: RestoreArgs) -> Outcome {
     log::start(&args.common)?;
-    let options = RestoreOptions {
+    let options = options(&args)?;
+    if args.explain {
+        return explain(&args.common, &options);
+    }
+    let status = StatusFd::take(args.common.status_fd)?;
+    let pid_file = args.pidfile.as_ref().map(|name| PidFile::new(options.work_dir.join(name))).transpose()?;
+    let watcher = Watcher::new(Scripts::new(&args.common)?, Progress::new("filling memory", &args.common), pid_file);
+    let attendant = if args.restore_detached || args.exec_cmd { None } else { Some(Attendant::begin()?) };
+    let summary = restore::restore(&options, &watcher).inspect_err(|_| watcher.give_up())?;
+    watcher.finish();
+    if let Some(status) = status {
+        status.report();
+    }
+    report(&args.common, &summary)?;
+    if let Some((command, rest)) = args.command.split_first() {
+        let source = Command::new(command).args(rest).exec();
+        return Err(CliError::Exec { pid: summary.pid, command: command.clone(), source });
+    }
+    let Some(attendant) = attendant else { return Ok(ExitCode::SUCCESS) };
+    let terminal = if args.shell_job { Terminal::Shared } else { Terminal::Other };
+    Ok(ExitCode::from(attendant.attend(Pid::from_raw(summary.pid), terminal)?))
+}
+
+fn options(args: &RestoreArgs) -> Result<RestoreOptions, CliError> {
+    Ok(RestoreOptions {
         work_dir: args.common.work_dir(),
         images_dir: args.common.images_dir.clone(),
+        root: args.root.as_deref().map(Root::at).transpose()?.unwrap_or_default(),
         shell_job: args.shell_job,
         ext_unix_sk: args.ext_unix_sk,
         tcp_close: args.tcp_close,
@@ -88,32 +138,39 @@ pub(super) fn run(args: RestoreArgs) -> Outcome {
         host_clock: args.clock == "host",
         inherit: args.inherit_fd.clone(),
         manage_cgroups: args.manage_cgroups,
-        cgroup_root: args.cgroup_root,
-    };
-    if args.explain {
-        let dir = crate::image::ImageDir::open(&options.images_dir)?;
-        print!("{}", crate::explain::text(&restore::plan(&dir, &options)?));
-        return Ok(ExitCode::SUCCESS);
+        cgroup_root: args.cgroup_root.clone(),
+    })
+}
+
+/// Prints the plan.
+fn explain(common: &Common, options: &RestoreOptions) -> Outcome {
+    let plan = restore::plan(&ImageDir::open(&options.images_dir)?, options)?;
+    if common.json {
+        say(serde_json::to_string(&explain::Explained::new(&plan))?);
+    } else {
+        say(explain::text(&plan).trim_end());
     }
-    let summary = restore::restore(&options)?;
-    if let Some(pidfile) = &args.pidfile {
-        let path = options.work_dir.join(pidfile);
-        std::fs::write(&path, summary.pid.to_string())
-            .map_err(|e| format!("pid file {}: {e}; the tree runs as pid {}", path.display(), summary.pid))?;
-    }
-    if args.common.json {
-        println!("{}", serde_json::to_string(&summary)?);
-    } else if !args.common.quiet {
-        println!(
-            "restored {} tasks as pid {} by {} system calls in {:.1} ms",
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints what it came to.
+fn report(common: &Common, summary: &Summary) -> Result<(), CliError> {
+    if common.json {
+        say(serde_json::to_string(summary)?);
+    } else if !common.quiet {
+        say(format_args!(
+            "restored {} tasks as pid {} by {} system calls, {} of memory in {:.1} ms",
             summary.tasks,
             summary.pid,
             summary.calls,
+            HumanBytes(summary.bytes_filled),
             summary.total.as_secs_f64() * 1e3,
-        );
+        ));
     }
-    if args.restore_detached {
-        return Ok(ExitCode::SUCCESS);
+    if common.display_stats && !common.json {
+        say(format_args!("planning:      {} us", summary.planning.as_micros()));
+        say(format_args!("restoring:     {} us", summary.total.as_micros()));
+        say(format_args!("bytes filled:  {}", summary.bytes_filled));
     }
-    Ok(ExitCode::from(restore::attend(summary.pid)?))
+    Ok(())
 }

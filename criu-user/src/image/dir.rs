@@ -99,7 +99,9 @@ impl ImageDir {
     /// A new and empty file for raw content, open for reading and writing.
     pub fn create_file(&self, name: impl Into<ImageName>) -> Result<File, ImageError> {
         self.clear()?;
-        fresh(&self.dir, &self.path, &name.into().to_string())
+        let name = name.into().to_string();
+        tracing::debug!("image {name}");
+        fresh(&self.dir, &self.path, &name)
     }
 
     /// Writes a file with one message.
@@ -148,6 +150,12 @@ impl ImageDir {
         self.clear()?;
         self.remove(PARENT)?;
         symlinkat(parent, &self.dir, PARENT).map_err(|e| failed(&self.path.join(PARENT), "symlink", e.into()))
+    }
+
+    /// Takes the inventory away again: somebody has found fault with the dump.
+    pub fn withdraw(&self) -> Result<(), ImageError> {
+        self.remove(&ImageName::from(ImageKind::Inventory).to_string())?;
+        self.dir.sync_all().map_err(|e| failed(&self.path, "fsync", e))
     }
 
     /// Takes an earlier dump away before the first file of this one is made: its inventory first, and for good, so that

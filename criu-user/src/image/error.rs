@@ -2,6 +2,20 @@
 
 use std::{io, path::PathBuf};
 
+use nix::errno::Errno;
+
+/// What to do about an error that means that a file system is full.
+pub(crate) fn room(errno: Errno) -> &'static str {
+    match errno {
+        Errno::ENOSPC | Errno::EDQUOT => "; make room there, or dump into another directory",
+        _ => "",
+    }
+}
+
+fn errno_of(error: &io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::UnknownErrno, Errno::from_raw)
+}
+
 /// What can be wrong with an image directory or a file in it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -41,7 +55,7 @@ pub enum ImageError {
     },
 
     /// A system call on a file failed.
-    #[error("{call} of {} at offset {offset} failed: {source}", file.display())]
+    #[error("{call} of {} at offset {offset} failed: {source}{}", file.display(), room(errno_of(source)))]
     File {
         /// The file.
         file: PathBuf,

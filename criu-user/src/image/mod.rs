@@ -20,6 +20,7 @@ mod write;
 
 pub use dir::{ImageDir, write_service};
 pub use error::ImageError;
+pub(crate) use error::room;
 pub use ghost::{Ghost, GhostPiece};
 pub use kind::{Content, Head, IMG_COMMON_MAGIC, IMG_SERVICE_MAGIC, IMG_VERSION, ImageKind, ImageName, Numbered};
 pub use pages::{FoundRun, PAGE_SIZE, PageFlags, PageMap, PageRange, PageRun, PageStore};

@@ -32,15 +32,23 @@ pub fn tree(file: &Path, tree: &[PstreeEntry]) -> Result<(), ImageError> {
         if pid == 0 || !pids.insert(pid) {
             return wrong(file, format!("process {pid} is there twice, or no process"));
         }
-        if !process.threads.is_empty() && !process.threads.contains(&pid) {
+        let threads = threads(process);
+        if !threads.contains(&pid) {
             return wrong(file, format!("process {pid} is not among its own threads"));
         }
-        let threads = if process.threads.is_empty() { std::slice::from_ref(&pid) } else { &process.threads };
         if let Some(tid) = threads.iter().find(|&&tid| tid == 0 || !tasks.insert(tid)) {
             return wrong(file, format!("thread {tid} of process {pid} is there twice, or no thread"));
         }
     }
     Ok(())
+}
+
+/// The threads of a process. CRIU writes any number for the one thread of a process that has ended.
+pub fn threads(process: &PstreeEntry) -> &[u32] {
+    match &process.threads[..] {
+        [] | [_] => std::slice::from_ref(&process.pid),
+        several => several,
+    }
 }
 
 /// A thread: for this machine, and complete for what it is. Returns whether it is alive.
@@ -56,7 +64,8 @@ pub fn core(file: &Path, core: &CoreEntry, leader: bool) -> Result<bool, ImageEr
         None if leader => return wrong(file, "what only a process has is missing".into()),
         None => true,
     };
-    if alive && (core.thread_info.is_none() || core.thread_core.is_none()) {
+    let ended = core.tc.as_ref().is_some_and(|tc| tc.leader_ended());
+    if alive && !ended && (core.thread_info.is_none() || core.thread_core.is_none()) {
         return wrong(file, "registers or what every thread has are missing".into());
     }
     Ok(alive)
@@ -222,7 +231,7 @@ pub fn dump(dir: &ImageDir) -> Result<usize, ImageError> {
         let name = ImageKind::Core.id(process.pid.into());
         let leader: CoreEntry = dir.read_one(name)?;
         let mut alive = core(&path(name), &leader, true)?;
-        for &tid in process.threads.iter().filter(|&&tid| tid != process.pid) {
+        for &tid in threads(process).iter().filter(|&&tid| tid != process.pid) {
             let name = ImageKind::Core.id(tid.into());
             alive |= core(&path(name), &dir.read_one(name)?, false)?;
         }

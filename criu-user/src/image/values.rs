@@ -1,5 +1,7 @@
 //! Numbers that stand in messages and have a name in CRIU only, not in the kernel's headers.
 
+use super::proto::CoreEntry;
+
 bitflags::bitflags! {
     /// `vma_entry.status`: what kind of area it is.
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,15 +49,21 @@ bitflags::bitflags! {
 pub enum TaskState {
     /// It runs on after a restore.
     Alive,
-    /// It is gone, and nobody has waited for it. CRIU writes [`TaskState::Zombie`] today.
+    /// It is gone, and nobody has waited for it.
     Dead,
     /// It is stopped after a restore as it was before.
     Stopped,
-    /// It is gone, and nobody has waited for it.
+    /// The same, in images that make a difference between the two.
     Zombie,
 }
 
 impl TaskState {
+    /// Whether a process's message says that it is gone; one without the process's part says nothing else.
+    pub fn is_gone(core: &CoreEntry) -> bool {
+        let state = core.tc.as_ref().and_then(|tc| TaskState::from_raw(tc.task_state));
+        state.is_none_or(|state| !state.lives())
+    }
+
     /// The number in the message.
     pub const fn to_raw(self) -> u32 {
         match self {

@@ -51,8 +51,8 @@ impl ProcessMemory {
 }
 
 /// Fills pieces of a process's memory (address, length, offset in the file) from a file: process_vm_writev(2) from a
-/// buffer that stays in the processor's cache.
-pub fn fill(pid: Pid, file: &OwnedFd, pieces: &[(u64, u64, u64)]) -> SysResult<()> {
+/// buffer that stays in the processor's cache. `moved` is told the bytes of each call.
+pub fn fill(pid: Pid, file: &OwnedFd, pieces: &[(u64, u64, u64)], moved: impl Fn(u64)) -> SysResult<()> {
     const BUFFER: usize = 256 << 10;
     /// Pieces moved by one call: IOV_MAX.
     const VECTOR: usize = 1024;
@@ -82,6 +82,7 @@ pub fn fill(pid: Pid, file: &OwnedFd, pieces: &[(u64, u64, u64)]) -> SysResult<(
         if read != total || written != total {
             return Err(SysError::new("process_vm_writev", format!("pid {pid}, {total} bytes"), Errno::EIO));
         }
+        moved(written as u64);
     }
     Ok(())
 }

@@ -17,8 +17,17 @@ pub struct PidFd {
 impl PidFd {
     /// Opens process `pid` (a thread-group leader).
     pub fn open(pid: Pid) -> SysResult<Self> {
+        Self::open_with(pid, 0)
+    }
+
+    /// Opens the process of thread `tid`, whose first thread has ended: PIDFD_THREAD, Linux 6.9.
+    pub fn open_by_thread(tid: Pid) -> SysResult<Self> {
+        Self::open_with(tid, libc::O_EXCL)
+    }
+
+    fn open_with(pid: Pid, flags: i32) -> SysResult<Self> {
         // SAFETY: numbers only; the result is a new descriptor that nobody else owns.
-        let fd = unsafe { sys::raw(libc::SYS_pidfd_open, [pid.as_raw() as u64, 0, 0, 0, 0, 0]) }
+        let fd = unsafe { sys::raw(libc::SYS_pidfd_open, [pid.as_raw() as u64, flags as u64, 0, 0, 0, 0]) }
             .map_err(|e| SysError::new("pidfd_open", pid, e))?;
         // SAFETY: as above.
         Ok(Self { fd: unsafe { OwnedFd::from_raw_fd(fd as i32) }, pid })

@@ -101,6 +101,18 @@ pub struct Stat {
     pub exit_signal: i32,
 }
 
+/// A process, and the name under which /proc shows what it has.
+///
+/// Memory, descriptors and directories of a process whose first thread has ended are gone from /proc/PID, but each of its
+/// threads has a directory like that of a process (`proc_pid_lookup` of fs/proc/base.c takes any task's id).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shown {
+    /// The process.
+    pub pid: Pid,
+    /// Its first thread that lives.
+    pub by: Pid,
+}
+
 /// `/proc/PID/stat`, or a thread's with `task`.
 pub fn stat(pid: Pid, task: Option<Pid>) -> SysResult<Stat> {
     let path = match task {

@@ -9,6 +9,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use super::error::During;
+use super::seccomp_bpf::Filter;
 use super::{SysError, SysResult};
 
 const GETSIGMASK: u32 = 0x420a;
@@ -144,25 +145,35 @@ pub fn rseq_config(tid: Pid) -> Option<RseqConfig> {
     Some(config)
 }
 
-/// A filter of seccomp(2) of a stopped thread: the `nth` that was installed, as `struct sock_filter`s, and its
-/// SECCOMP_FILTER_FLAG_*; `None` behind the last. PTRACE_SECCOMP_GET_FILTER, PTRACE_SECCOMP_GET_METADATA.
-///
-/// Needs CAP_SYS_ADMIN, and no seccomp of our own.
-pub fn seccomp_filter(tid: Pid, nth: usize) -> SysResult<Option<(Vec<u8>, u32)>> {
+/// The filters of seccomp(2) of a stopped thread in the order in which they were installed; empty where it has none,
+/// `None` where we may not ask: it takes CAP_SYS_ADMIN, and no seccomp of our own. PTRACE_SECCOMP_GET_FILTER,
+/// PTRACE_SECCOMP_GET_METADATA.
+pub fn seccomp_filters(tid: Pid) -> SysResult<Option<Vec<Filter>>> {
+    let mut filters = Vec::new();
+    loop {
+        match seccomp_filter(tid, filters.len()) {
+            Ok(filter) => filters.push(filter),
+            Err(e) => match e.errno {
+                // Behind the last; no filters; a kernel without them.
+                Errno::ENOENT | Errno::EINVAL | Errno::EIO => return Ok(Some(filters)),
+                Errno::EACCES => return Ok(None),
+                _ => return Err(e),
+            },
+        }
+    }
+}
+
+fn seccomp_filter(tid: Pid, nth: usize) -> SysResult<Filter> {
     const GET_FILTER: u32 = 0x420c;
     const GET_METADATA: u32 = 0x420d;
     const INSTRUCTION: usize = 8;
-    let count = match raw(GET_FILTER, tid, nth, 0, "ptrace(SECCOMP_GET_FILTER)") {
-        Ok(count) => count as usize,
-        Err(e) if e.errno == Errno::ENOENT => return Ok(None),
-        Err(e) => return Err(e),
-    };
+    let count = raw(GET_FILTER, tid, nth, 0, "ptrace(SECCOMP_GET_FILTER)")? as usize;
     let mut code = vec![0u8; count * INSTRUCTION];
     raw(GET_FILTER, tid, nth, code.as_mut_ptr() as usize, "ptrace(SECCOMP_GET_FILTER)")?;
     // struct seccomp_metadata: which one, its flags.
     let mut metadata = [nth as u64, 0];
     raw(GET_METADATA, tid, size_of_val(&metadata), metadata.as_mut_ptr() as usize, "ptrace(SECCOMP_GET_METADATA)")?;
-    Ok(Some((code, metadata[1] as u32)))
+    Ok((code, metadata[1] as u32))
 }
 
 /// Which queue of pending signals to look at.

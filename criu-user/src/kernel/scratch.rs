@@ -12,18 +12,23 @@ use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{chdir, chroot, fchdir};
 
 use super::error::During;
+use super::root::Root;
 use super::{SysError, SysResult, sys};
 
 const FSCONFIG_CMD_CREATE: u64 = 6;
 
-/// A tmpfs that is mounted nowhere: fsopen(2), fsmount(2). Since Linux 5.2.
+/// A tmpfs that is mounted nowhere.
 pub fn filesystem() -> SysResult<OwnedFd> {
-    const NAME: &CStr = c"tmpfs";
+    detached(c"tmpfs")
+}
+
+/// A new file system of this type that is mounted nowhere: fsopen(2), fsmount(2). Since Linux 5.2.
+pub(super) fn detached(kind: &CStr) -> SysResult<OwnedFd> {
     let call = |nr, args, name| {
         // SAFETY: pointers are to strings that live.
-        unsafe { sys::raw(nr, args) }.map_err(|e| SysError::new(name, "tmpfs", e))
+        unsafe { sys::raw(nr, args) }.map_err(|e| SysError::new(name, kind.to_string_lossy(), e))
     };
-    let context = call(libc::SYS_fsopen, [NAME.as_ptr() as u64, 1, 0, 0, 0, 0], "fsopen")?;
+    let context = call(libc::SYS_fsopen, [kind.as_ptr() as u64, 1, 0, 0, 0, 0], "fsopen")?;
     // SAFETY: a new descriptor that nobody else owns.
     let context = unsafe { OwnedFd::from_raw_fd(context as i32) };
     let at = context.as_raw_fd() as u64;
@@ -38,8 +43,8 @@ pub fn filesystem() -> SysResult<OwnedFd> {
 pub enum Stand<'a> {
     /// Its root and working directory are this one.
     Below(&'a OwnedFd),
-    /// Its working directory is this one.
-    In(PathBuf),
+    /// Its working directory is this one, below that root.
+    In(Root, PathBuf),
 }
 
 /// Does something as if from another directory, in a thread with a root and working directory of its own.
@@ -53,7 +58,13 @@ pub fn from<T: Send>(stand: &Stand<'_>, work: impl FnOnce() -> SysResult<T> + Se
                     fchdir(root.as_fd()).during("fchdir", "a file system of our own")?;
                     chroot(".").during("chroot", "a file system of our own")?;
                 }
-                Stand::In(path) => chdir(path).during("chdir", path.display())?,
+                Stand::In(root, path) => {
+                    if let Some(root) = root.path() {
+                        chdir(root).during("chdir", root.display())?;
+                        chroot(".").during("chroot", root.display())?;
+                    }
+                    chdir(path).during("chdir", path.display())?;
+                }
             }
             work()
         });

@@ -198,6 +198,15 @@ pub fn unix_file(fd: impl AsFd) -> SysResult<Option<OwnedFd>> {
     }
 }
 
+/// The network namespace of a socket or device, by the ioctl that it has for this.
+pub(super) fn namespace_by(fd: impl AsFd, request: u64) -> SysResult<OwnedFd> {
+    let fd = fd.as_fd();
+    // SAFETY: requests of this kind take no argument, and give a new descriptor.
+    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), request as _) })
+        .map(owned)
+        .map_err(|e| SysError::new("ioctl (network namespace)", on(fd), e))
+}
+
 /// A message that waits in a socket.
 #[derive(Debug, Default)]
 pub struct Peeked {

@@ -4,10 +4,13 @@ use std::collections::BTreeMap;
 
 use nix::unistd::Pid;
 
-use super::ebpf::{EbpfError, EbpfSurvey};
+use super::SysError;
+use super::ebpf::{EbpfError, EbpfResult, EbpfSurvey};
+use super::known::{ITERATORS, Known};
+use super::probe::Absent;
+use super::proc::{self, Shown};
 use super::survey::{self, Descriptor, Vma};
 use super::threads::ThreadRecords;
-use super::{SysError, proc};
 
 /// Which source the user wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -40,7 +43,18 @@ pub enum Surveyor {
     /// /proc.
     Proc,
     /// /proc, and eBPF for what /proc does not tell: how long a thread was still going to sleep.
-    Mixed(Option<Box<EbpfSurvey>>),
+    Mixed(Sleeps),
+}
+
+/// The program that tells of sleeps, for trees that need no other.
+#[derive(Debug)]
+pub enum Sleeps {
+    /// Not needed so far.
+    Unasked,
+    /// Loaded.
+    Ready(Box<EbpfSurvey>),
+    /// Not to be had here.
+    Absent,
 }
 
 /// Threads, areas and descriptors together from which on loading the programs (2 to 3 ms, before the freeze) pays.
@@ -54,40 +68,50 @@ impl Surveyor {
             Source::Auto if !EbpfSurvey::is_built_in() => return Ok(Self::Proc),
             Source::Auto => match look(root) {
                 Look::Large => {}
-                Look::Sleeps => return Ok(Self::Mixed(tasks_only())),
-                Look::Small => return Ok(Self::Mixed(None)),
+                Look::Sleeps => return Ok(Self::Mixed(Sleeps::load())),
+                Look::Small => return Ok(Self::Mixed(Sleeps::Unasked)),
             },
             _ => {}
         }
-        let ready = EbpfSurvey::new().and_then(|mut survey| survey.load_all().map(|()| survey));
-        match (ready, source) {
-            (Ok(survey), _) => Ok(Self::Ebpf(Box::new(survey))),
-            (Err(err), Source::Auto) => {
-                tracing::warn!(%err, "no survey by eBPF, /proc it is");
-                Ok(Self::Proc)
-            }
-            (Err(err), _) => Err(err.into()),
+        if source == Source::Auto {
+            return Ok(loaded(EbpfSurvey::load_all).map_or(Self::Proc, Self::Ebpf));
+        }
+        let mut survey = EbpfSurvey::new()?;
+        survey.load_all()?;
+        Ok(Self::Ebpf(Box::new(survey)))
+    }
+
+    /// What it works by, for a reader.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Ebpf(_) => "eBPF",
+            Self::Proc => "/proc",
+            Self::Mixed(Sleeps::Ready(_)) => "/proc, and eBPF for its sleepers",
+            Self::Mixed(_) => "/proc, for the tree is small",
         }
     }
 
     /// The areas of a process.
-    pub fn areas(&mut self, pid: Pid) -> Result<Vec<Vma>, SurveyError> {
+    pub fn areas(&mut self, process: Shown) -> Result<Vec<Vma>, SurveyError> {
         if let Self::Ebpf(survey) = self
-            && let Some(areas) = survey.areas(pid)?
+            && let Some(areas) = survey.areas(process.pid)?
         {
             return Ok(areas);
         }
-        let mut areas = survey::vmas_of(pid)?;
+        let mut areas = survey::vmas_of(process.by)?;
         // It lies outside of the address space and is the same everywhere.
         areas.retain(|vma| vma.special() != Some("[vsyscall]"));
         Ok(areas)
     }
 
-    /// The descriptors of processes.
-    pub fn descriptors(&mut self, pids: &[Pid]) -> Result<BTreeMap<Pid, Vec<Descriptor>>, SurveyError> {
+    /// The descriptors of processes, each under the name by which /proc shows it.
+    pub fn descriptors(&mut self, processes: &[Shown]) -> Result<BTreeMap<Pid, Vec<Descriptor>>, SurveyError> {
         match self {
-            Self::Ebpf(survey) => Ok(survey.descriptors(pids)?),
-            Self::Proc | Self::Mixed(_) => Ok(survey::descriptors_of(pids)?),
+            Self::Ebpf(survey) => Ok(survey.descriptors(processes)?),
+            Self::Proc | Self::Mixed(_) => {
+                let names: Vec<Pid> = processes.iter().map(|process| process.by).collect();
+                Ok(survey::descriptors_of(&names)?)
+            }
         }
     }
 
@@ -97,13 +121,14 @@ impl Surveyor {
         let survey = match self {
             Self::Proc => return Ok(ThreadRecords::default()),
             Self::Ebpf(survey) => survey,
-            Self::Mixed(survey) => {
+            Self::Mixed(_) if !sleeps => return Ok(ThreadRecords::default()),
+            Self::Mixed(program) => {
                 // It may have fallen asleep since the first look.
-                if survey.is_none() && sleeps {
-                    *survey = tasks_only();
+                if matches!(program, Sleeps::Unasked) {
+                    *program = Sleeps::load();
                 }
-                match survey {
-                    Some(survey) if sleeps => survey,
+                match program {
+                    Sleeps::Ready(survey) => survey,
                     _ => return Ok(ThreadRecords::default()),
                 }
             }
@@ -114,9 +139,35 @@ impl Surveyor {
     }
 }
 
-fn tasks_only() -> Option<Box<EbpfSurvey>> {
-    let ready = EbpfSurvey::new().and_then(|mut survey| survey.load_tasks().map(|()| survey));
-    ready.map(Box::new).inspect_err(|err| tracing::warn!(%err, "sleeps will start anew after a restore")).ok()
+impl Sleeps {
+    fn load() -> Self {
+        loaded(EbpfSurvey::load_tasks).map_or(Self::Absent, Self::Ready)
+    }
+}
+
+/// The programs, if they can be loaded. Where they cannot is tried once: the next dump knows.
+fn loaded(load: impl FnOnce(&mut EbpfSurvey) -> EbpfResult<()>) -> Option<Box<EbpfSurvey>> {
+    let mut known = Known::recall();
+    if let Some(why) = known.absent(ITERATORS) {
+        tracing::info!(
+            why,
+            "eBPF is known not to work here: /proc alone is asked, and sleeps start anew after a restore"
+        );
+        return None;
+    }
+    match EbpfSurvey::new().and_then(|mut survey| load(&mut survey).map(|()| survey)) {
+        Ok(survey) => Some(Box::new(survey)),
+        Err(err) => {
+            tracing::warn!(%err, "no eBPF: /proc alone is asked, and sleeps start anew after a restore");
+            if err.will_last() {
+                known.learn(ITERATORS, &Err(Absent::from(err)));
+                if let Err(err) = known.keep() {
+                    tracing::debug!(%err, "the next dump has to find out again");
+                }
+            }
+            None
+        }
+    }
 }
 
 /// What a tree looks like before the freeze.

@@ -93,6 +93,13 @@ pub fn plan(entry: &TimensEntry) -> Result<ClockOffsets, ObjectError> {
     Ok(ClockOffsets { monotonic: nanoseconds(&entry.monotonic)?, boottime: nanoseconds(&entry.boottime)? })
 }
 
+/// Undoes [`enter`] for children that are none of the tree, such as scripts. The calling process has one thread.
+pub fn leave() -> Result<(), ObjectError> {
+    let own = std::fs::File::open("/proc/self/ns/time").during("open", "/proc/self/ns/time")?;
+    let flag = nix::sched::CloneFlags::from_bits_retain(libc::CLONE_NEWTIME);
+    Ok(nix::sched::setns(own, flag).during("setns", "the host's clocks")?)
+}
+
 /// Makes the calling process's future children see the clocks go on from there.
 pub fn enter(clocks: &ClockOffsets) -> Result<(), ObjectError> {
     nix::sched::unshare(nix::sched::CloneFlags::from_bits_retain(libc::CLONE_NEWTIME))

@@ -11,8 +11,9 @@ use std::path::PathBuf;
 
 use nix::sys::stat::{FileStat, SFlag};
 use nix::unistd::Pid;
+use tracing::debug;
 
-use super::{KINDS, ObjectError, Refusal, locks};
+use super::{KINDS, ObjectError, Refusal, locks, unsupported};
 use crate::call;
 use crate::image::proto::{FdTypes, FdinfoEntry, FileEntry, FownEntry};
 use crate::image::{ImageDir, ImageKind};
@@ -20,6 +21,7 @@ use crate::kernel::proc::KeyValues;
 use crate::kernel::survey::Descriptor;
 use crate::kernel::sys::{Compare, kcmp};
 use crate::kernel::{self, error::During, pidfd::PidFd, proc};
+use crate::observer::Observer;
 use crate::plan::{Deed, FileRef, Opened, Plan, Stage, TaskRef};
 
 /// A description as it was found.
@@ -140,6 +142,8 @@ pub struct Capture<'a> {
     pub dir: &'a ImageDir,
     /// What the user asked for.
     pub options: &'a crate::dump::DumpOptions,
+    /// Who is told how it goes.
+    pub observer: &'a dyn Observer,
     /// Who has which descriptions: (pid, fd) by description id.
     pub holders: BTreeMap<u32, Vec<(Pid, i32)>>,
     /// The processes of the tree.
@@ -158,10 +162,16 @@ pub struct Capture<'a> {
 
 impl<'a> Capture<'a> {
     /// A new one.
-    pub fn new(dir: &'a ImageDir, options: &'a crate::dump::DumpOptions, pids: Vec<Pid>) -> Self {
+    pub fn new(
+        dir: &'a ImageDir,
+        options: &'a crate::dump::DumpOptions,
+        observer: &'a dyn Observer,
+        pids: Vec<Pid>,
+    ) -> Self {
         Self {
             dir,
             options,
+            observer,
             holders: BTreeMap::new(),
             pids,
             shelf: Shelf::default(),
@@ -307,21 +317,19 @@ impl<'a> Capture<'a> {
         let pos = info.number("pos", 10)?;
         let seen = Seen { id: d.description, pid, fd: d.fd, file, stat, link, info, flags, pos };
         let Some(kind) = KINDS.iter().find(|kind| kind.is(&seen)) else {
-            self.refuse(seen.refuse(
-                format!("{} is of a kind that cannot be dumped", seen.link_text()),
-                "close it before the dump",
-            ));
+            self.refuse(unsupported::refuse(&seen));
             return Ok(FdTypes::Und);
         };
         let entry = kind.capture(&seen, self)?;
         let r#type = entry.r#type();
+        debug!(pid = pid.as_raw(), fd = d.fd, id = d.description, "{} {}", r#type.as_str_name(), seen.link_text());
         self.files.push(entry);
         Ok(r#type)
     }
 
     /// All entries of files.img.
-    pub fn into_files(self) -> Vec<FileEntry> {
-        self.files
+    pub fn take_files(&mut self) -> Vec<FileEntry> {
+        std::mem::take(&mut self.files)
     }
 }
 

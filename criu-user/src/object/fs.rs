@@ -25,7 +25,7 @@ pub fn capture(cx: &mut Capture<'_>, pid: Pid) -> Result<FsEntry, ObjectError> {
 pub fn plan(cx: &mut Planner<'_>, task: TaskRef, entry: &FsEntry) -> Result<(), ObjectError> {
     let root = cx.file(entry.root_id)?.reg.as_ref().map(regfile::path_of);
     if let Some(root) = root
-        && root.as_os_str() != "/"
+        && (root.as_os_str() != "/" || cx.options.root.is_other())
     {
         let file = cx.file_ref(entry.root_id)?;
         cx.plan.push(task, Stage::Process, call!(SYS_fchdir(file), "on the way to the root directory"));

@@ -25,7 +25,7 @@ use super::file::{Capture, Planner};
 use super::{ObjectError, Refusal, regfile};
 use crate::image::proto::{GhostChunkEntry, GhostFileEntry, RegFileEntry, RemapFilePathEntry, RemapType, Timeval};
 use crate::image::{Ghost, ImageKind, kernel_dev};
-use crate::kernel::{self, SysError, error::During};
+use crate::kernel::{self, SysError, error::During, root::Root};
 use crate::plan::{Deed, FileRef, Opened, Opener, Stage};
 
 /// What the kernel writes behind a name that is gone (fs/d_path.c).
@@ -297,14 +297,15 @@ pub fn plan(cx: &mut Planner<'_>, reg: &RegFileEntry) -> Result<Option<FileRef>,
     let made = match remap.remap_type() {
         RemapType::Ghost => {
             let ghost = Ghost::read(cx.dir, remap.remap_id.into())?;
-            cx.plan.open(MakeGhost { path, id: remap.remap_id, ghost })
+            cx.plan.open(MakeGhost { path, root: cx.options.root.clone(), id: remap.remap_id, ghost })
         }
         RemapType::Linked => {
             let missing = || ObjectError::contradiction(format!("file {} has no name", remap.remap_id));
             let linked = regfile::path_of(cx.file(remap.remap_id)?.reg.as_ref().ok_or_else(missing)?);
             // Last of all: as long as the restore may fail, the name is part of the images.
-            cx.plan.after(Stage::Credentials, Unlink { path: linked.clone() });
-            cx.plan.open(FollowLink { path, linked })
+            let root = cx.options.root.clone();
+            cx.plan.after(Stage::Last, Unlink { path: linked.clone(), root: root.clone() });
+            cx.plan.open(FollowLink { path, root, linked })
         }
         RemapType::Procfs => {
             return Err(ObjectError::Unsupported {
@@ -383,6 +384,7 @@ fn handle(path: &Path) -> Result<OwnedFd, SysError> {
 #[derive(Debug)]
 struct MakeGhost {
     path: PathBuf,
+    root: Root,
     id: u32,
     ghost: Ghost,
 }
@@ -396,7 +398,7 @@ impl Opener for MakeGhost {
         let entry = &self.ghost.entry;
         let kind = SFlag::from_bits_truncate(entry.mode & SFlag::S_IFMT.bits());
         let private = Mode::S_IRUSR | Mode::S_IWUSR;
-        let mut passing = Passing::make(&self.path, self.id, |path| match kind {
+        let mut passing = Passing::make(&self.root.place(&self.path)?, self.id, |path| match kind {
             SFlag::S_IFDIR => nix::unistd::mkdir(path, Mode::S_IRWXU),
             SFlag::S_IFLNK => {
                 let target = entry.symlnk_target.clone().unwrap_or_default();
@@ -444,6 +446,7 @@ impl MakeGhost {
 #[derive(Debug)]
 struct FollowLink {
     path: PathBuf,
+    root: Root,
     linked: PathBuf,
 }
 
@@ -453,8 +456,8 @@ impl Opener for FollowLink {
     }
 
     fn open(&self, _: &Opened) -> Result<OwnedFd, Box<dyn std::error::Error + Send + Sync>> {
-        let linked =
-            Passing::make(&self.path, 0, |path| linkat(AT_FDCWD, &self.linked, AT_FDCWD, path, LinkatFlags::empty()))?;
+        let (path, name) = (self.root.place(&self.path)?, self.root.place(&self.linked)?);
+        let linked = Passing::make(&path, 0, |path| linkat(AT_FDCWD, &name, AT_FDCWD, path, LinkatFlags::empty()))?;
         Ok(handle(&linked.path)?)
     }
 }
@@ -463,6 +466,7 @@ impl Opener for FollowLink {
 #[derive(Debug)]
 struct Unlink {
     path: PathBuf,
+    root: Root,
 }
 
 impl Deed for Unlink {
@@ -471,6 +475,7 @@ impl Deed for Unlink {
     }
 
     fn run(&self, _: &Opened) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        Ok(unlinkat(AT_FDCWD, &self.path, UnlinkatFlags::NoRemoveDir).during("unlink", self.path.display())?)
+        let path = self.root.place(&self.path)?;
+        Ok(unlinkat(AT_FDCWD, &path, UnlinkatFlags::NoRemoveDir).during("unlink", path.display())?)
     }
 }

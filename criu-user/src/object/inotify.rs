@@ -18,7 +18,7 @@ use super::ObjectError;
 use super::file::{Capture, FileKind, Planner, Seen};
 use crate::image::proto::{FdTypes, FhEntry, FileEntry, InotifyFileEntry, InotifyWdEntry};
 use crate::image::{kernel_dev, user_dev};
-use crate::kernel::{self, SysError, error::During, sys};
+use crate::kernel::{self, SysError, error::During, root::Root, sys};
 use crate::plan::{FileRef, Opened, Opener};
 
 /// inotify descriptors.
@@ -156,7 +156,7 @@ impl FileKind for Inotify {
                 return Err(missing("a watch that cannot be"));
             }
         }
-        Ok(cx.plan.open(Make { ify }))
+        Ok(cx.plan.open(Make { ify, root: cx.options.root.clone() }))
     }
 }
 
@@ -192,6 +192,7 @@ fn entry_of(id: u32, watch: &Watch, path: &Path) -> InotifyWdEntry {
 #[derive(Debug)]
 struct Make {
     ify: InotifyFileEntry,
+    root: Root,
 }
 
 impl Opener for Make {
@@ -206,7 +207,7 @@ impl Opener for Make {
         }
         for watch in &self.ify.wd {
             sys::set_next_watch(queue.as_fd(), watch.wd as i32)?;
-            let file = place(watch)?;
+            let file = place(watch, &self.root)?;
             // What fdinfo shows beyond these is the kernel's own.
             let mask = watch.mask & (libc::IN_ALL_EVENTS | MODIFIERS);
             let given = sys::add_watch(queue.as_fd(), file.as_fd(), mask)?;
@@ -223,9 +224,9 @@ impl Opener for Make {
 const MODIFIERS: u32 = libc::IN_ONESHOT | libc::IN_EXCL_UNLINK;
 
 /// The watched file: by its path, or by its handle where the image has no path.
-fn place(watch: &InotifyWdEntry) -> Result<OwnedFd, Box<dyn std::error::Error + Send + Sync>> {
+fn place(watch: &InotifyWdEntry, root: &Root) -> Result<OwnedFd, Box<dyn std::error::Error + Send + Sync>> {
     if let Some(path) = &watch.f_handle.path {
-        let path = Path::new("/").join(Path::new(std::ffi::OsStr::from_bytes(path)));
+        let path = root.reach(&Path::new("/").join(Path::new(std::ffi::OsStr::from_bytes(path))))?;
         return Ok(open(&path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).during("open", path.display())?);
     }
     let mount = mount_of(watch.s_dev)?.ok_or_else(|| format!("device {:#x} is not mounted", user_dev(watch.s_dev)))?;

@@ -188,6 +188,10 @@ impl Opener for Make {
         format!("memory file {} of {} bytes", String::from_utf8_lossy(&self.inode.name), self.inode.size)
     }
 
+    fn memory(&self) -> u64 {
+        self.content.bytes()
+    }
+
     fn open(&self, _: &Opened) -> Result<OwnedFd, Box<dyn std::error::Error + Send + Sync>> {
         let inode = &self.inode;
         let name = std::ffi::CString::new(inode.name.clone())?;

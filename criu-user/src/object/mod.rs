@@ -3,6 +3,7 @@
 //! Kinds that sit behind descriptors are entered in [`KINDS`]; the others belong to tasks and are called by the
 //! pipelines one after the other.
 
+pub mod apart;
 pub mod cgroup;
 pub mod clocks;
 pub mod creds;
@@ -36,10 +37,11 @@ pub mod timers;
 pub mod tree;
 pub mod tty;
 pub mod unix;
+pub mod unsupported;
 pub mod waits;
 
 use crate::agent::AgentError;
-use crate::image::ImageError;
+use crate::image::{ImageError, room};
 use crate::kernel::SysError;
 
 /// The kinds of open file description. The first whose `is` holds takes a description.
@@ -79,6 +81,16 @@ pub enum ObjectError {
         call: &'static str,
         /// What was to be read.
         what: &'static str,
+        /// Why it failed.
+        errno: nix::errno::Errno,
+    },
+    /// A process could not write its memory.
+    #[error("the memory of pid {pid} cannot be written to {}: {}{}", file.display(), errno.desc(), room(*errno))]
+    Memory {
+        /// The process.
+        pid: i32,
+        /// Where to.
+        file: std::path::PathBuf,
         /// Why it failed.
         errno: nix::errno::Errno,
     },

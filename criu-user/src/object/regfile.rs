@@ -18,7 +18,7 @@ use super::outside::{self, Name};
 use super::{ObjectError, memfd};
 use crate::call;
 use crate::image::proto::{FdTypes, FileEntry, FownEntry, RegFileEntry};
-use crate::kernel::{self, error::During};
+use crate::kernel::{self, error::During, root::Root};
 use crate::plan::{Arg, FileRef, Opened, Opener, Stage, TaskRef};
 
 /// Files with a path.
@@ -84,12 +84,13 @@ impl FileKind for RegFile {
         if let Some(pid) = process_of(&path)
             && cx.tasks.contains_key(&pid)
         {
-            let place = cx.plan.open(OpenPlace { path: "/proc".into() });
+            let place = cx.plan.open(OpenPlace { path: "/proc".into(), root: Root::default() });
             cx.shelf.get::<Late>().0.insert(entry.id, path);
             return Ok(place);
         }
         let check = !cx.options.skip_file_validation;
-        Ok(cx.plan.open(OpenPath { path, entry: reg.clone(), check }))
+        let root = cx.options.root.clone();
+        Ok(cx.plan.open(OpenPath { path, root, entry: reg.clone(), check }))
     }
 
     fn wire(&self, entry: &FileEntry, cx: &mut Planner<'_>) -> Result<(), ObjectError> {
@@ -238,7 +239,7 @@ pub fn path_of(entry: &RegFileEntry) -> PathBuf {
 pub fn plan_place(cx: &mut Planner<'_>, reg: &RegFileEntry) -> Result<FileRef, ObjectError> {
     match ghost::plan(cx, reg)? {
         Some(root) => Ok(root),
-        None => Ok(cx.plan.open(OpenPlace { path: path_of(reg) })),
+        None => Ok(cx.plan.open(OpenPlace { path: path_of(reg), root: cx.options.root.clone() })),
     }
 }
 
@@ -246,6 +247,7 @@ pub fn plan_place(cx: &mut Planner<'_>, reg: &RegFileEntry) -> Result<FileRef, O
 #[derive(Debug)]
 struct OpenPlace {
     path: PathBuf,
+    root: Root,
 }
 
 impl Opener for OpenPlace {
@@ -254,7 +256,8 @@ impl Opener for OpenPlace {
     }
 
     fn open(&self, _: &Opened) -> Result<OwnedFd, Box<dyn std::error::Error + Send + Sync>> {
-        Ok(open(&self.path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).during("open", self.path.display())?)
+        let path = self.root.reach(&self.path)?;
+        Ok(open(&path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).during("open", path.display())?)
     }
 }
 
@@ -265,6 +268,7 @@ const ONCE: i32 = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_ASYNC;
 #[derive(Debug)]
 struct OpenPath {
     path: PathBuf,
+    root: Root,
     entry: RegFileEntry,
     check: bool,
 }
@@ -290,16 +294,17 @@ impl Opener for OpenPath {
     }
 
     fn open(&self, _: &Opened) -> Result<OwnedFd, Box<dyn std::error::Error + Send + Sync>> {
+        let o_nofollow = self.entry.flags & libc::O_NOFOLLOW as u32 != 0;
+        let path = if o_nofollow { self.root.place(&self.path)? } else { self.root.reach(&self.path)? };
         if self.check {
             // Before it is opened: opening another type of file may wait, or do something.
-            let o_nofollow = self.entry.flags & libc::O_NOFOLLOW as u32 != 0;
-            let now = if o_nofollow { lstat(&self.path) } else { stat(&self.path) };
-            self.validate(&now.during("stat", self.path.display())?)?;
+            let now = if o_nofollow { lstat(&path) } else { stat(&path) };
+            self.validate(&now.during("stat", path.display())?)?;
         }
         let flags = OFlag::from_bits_retain(self.entry.flags as i32 & !ONCE | libc::O_CLOEXEC);
-        let file = open(&self.path, flags, Mode::empty()).during("open", self.path.display())?;
+        let file = open(&path, flags, Mode::empty()).during("open", path.display())?;
         if self.check {
-            self.validate(&fstat(&file).during("fstat", self.path.display())?)?;
+            self.validate(&fstat(&file).during("fstat", path.display())?)?;
         }
         seek(&file, &self.entry)?;
         Ok(file)

@@ -8,12 +8,12 @@ use std::collections::HashMap;
 
 use nix::unistd::Pid;
 
-use super::ObjectError;
 use super::file::{Capture, Planner};
+use super::{ObjectError, Refusal};
 use crate::call;
+use crate::freeze::FrozenThread;
 use crate::image::ImageKind;
 use crate::image::proto::{SeccompEntry, SeccompFilter, SeccompMode, ThreadCoreEntry};
-use crate::kernel::ptrace;
 use crate::plan::{Arg, Stage, TaskRef};
 
 const SET_MODE_STRICT: u32 = 0;
@@ -40,17 +40,30 @@ impl Filters {
     }
 }
 
-/// Mode and last filter of a stopped thread, as the image has them.
-pub fn capture(cx: &mut Capture<'_>, tid: Pid, mode: u32) -> Result<(Option<i32>, Option<u32>), ObjectError> {
+/// Mode and last filter of a thread, as the image has them.
+pub fn capture(
+    cx: &mut Capture<'_>,
+    pid: Pid,
+    thread: &FrozenThread,
+    mode: u32,
+) -> Result<(Option<i32>, Option<u32>), ObjectError> {
+    let tid = thread.tid();
     let mode = SeccompMode::try_from(mode as i32)
         .map_err(|_| ObjectError::contradiction(format!("tid {tid} has the unknown seccomp mode {mode}")))?;
     let mut last = None;
     if mode == SeccompMode::Filter {
+        let Some(chain) = &thread.filters else {
+            cx.refuse(Refusal {
+                pid: pid.as_raw(),
+                fd: None,
+                what: format!("the seccomp filters of thread {tid} may not be read"),
+                advice: "dump with CAP_SYS_ADMIN, and not from under a seccomp filter".into(),
+            });
+            return Ok((None, None));
+        };
         let filters = cx.shelf.get::<Filters>();
-        let mut nth = 0;
-        while let Some((code, flags)) = ptrace::seccomp_filter(tid, nth)? {
-            last = Some(filters.add(last, code, flags));
-            nth += 1;
+        for (code, flags) in chain {
+            last = Some(filters.add(last, code.clone(), *flags));
         }
     }
     Ok(((mode != SeccompMode::Disabled).then_some(mode as i32), last))

@@ -98,7 +98,9 @@ fn dump(cx: &Capture<'_>, id: u64, object: &Object, pages_id: u32) -> Result<Pag
         let range = PageRange::new(start, end)
             .ok_or_else(|| ObjectError::contradiction(format!("{}: data at {start:#x}", object.found)))?;
         let offset = image.append(range)?;
+        cx.observer.expects(end - start);
         kernel::fd::copy(&object.file, start, image.pages(), offset, end - start)?;
+        cx.observer.moved(end - start);
         at = end;
     }
     Ok(Pages { scanned: size.div_ceil(PAGE), written: image.finish()?.present })
@@ -169,6 +171,11 @@ impl Content {
         self.size
     }
 
+    /// How many bytes it has; holes are none.
+    pub fn bytes(&self) -> u64 {
+        self.pieces.iter().map(|(_, _, _, len)| len).sum()
+    }
+
     /// Writes it into a file.
     pub fn write_to(&self, object: &OwnedFd) -> Result<(), SysError> {
         for &(at, dump, offset, len) in &self.pieces {
@@ -190,6 +197,10 @@ struct MakeObject {
 impl Opener for MakeObject {
     fn describe(&self) -> String {
         format!("shared memory {}", self.id)
+    }
+
+    fn memory(&self) -> u64 {
+        self.content.bytes()
     }
 
     fn open(&self, _: &Opened) -> Result<OwnedFd, Box<dyn std::error::Error + Send + Sync>> {

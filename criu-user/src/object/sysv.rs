@@ -114,6 +114,10 @@ impl Opener for MakeSegment {
         format!("System V segment {} with key {:#x}", self.segment.id, self.segment.key)
     }
 
+    fn memory(&self) -> u64 {
+        self.content.bytes()
+    }
+
     fn open(&self, _: &Opened) -> Result<OwnedFd, Box<dyn std::error::Error + Send + Sync>> {
         let Segment { id, size, key, .. } = self.segment;
         match ipc::stat(id) {

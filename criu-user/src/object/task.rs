@@ -11,6 +11,7 @@ use super::{ObjectError, Refusal, cgroup, creds, memory, regfile, registers, sec
 use crate::agent::{Batch, CallId, Guest, Outcome, Room};
 use crate::call;
 use crate::freeze::{FrozenProcess, FrozenThread};
+use crate::image::TaskState;
 use crate::image::proto::{
     CoreEntry, CredsEntry, MmEntry, RlimitEntry, RseqEntry, TaskCoreEntry, TaskRlimitsEntry, ThreadCoreEntry,
     ThreadInfoX86, ThreadSasEntry, VmaEntry, core_entry::March,
@@ -19,18 +20,6 @@ use crate::kernel::proc::{self, Stat};
 use crate::kernel::threads::ThreadRecords;
 use crate::kernel::{sched, sys};
 use crate::plan::{Resume, Stage, TaskRef};
-
-/// Values of `task_core_entry.task_state`.
-pub mod state {
-    /// It runs.
-    pub const ALIVE: u32 = 1;
-    /// It has ended (CRIU's name for helper tasks; not written by us).
-    pub const DEAD: u32 = 2;
-    /// Job control stopped it.
-    pub const STOPPED: u32 = 3;
-    /// It has ended and waits for its parent.
-    pub const ZOMBIE: u32 = 6;
-}
 
 const PR_SET_PDEATHSIG: u64 = 1;
 const PR_GET_DUMPABLE: u64 = 3;
@@ -69,7 +58,7 @@ fn thread_core(
             advice: "give it an ordinary or a real-time policy for the dump, see chrt(1)".into(),
         });
     }
-    let (seccomp_mode, seccomp_filter) = seccomp::capture(cx, tid, facts.seccomp_mode)?;
+    let (seccomp_mode, seccomp_filter) = seccomp::capture(cx, process.pid, thread, facts.seccomp_mode)?;
     let css_set = records.get(tid).map(|record| record.cgroups).filter(|&css_set| css_set != 0);
     let cg_set = cgroup::capture(cx, process.pid, tid, css_set)?;
     let (ss_sp, ss_size, ss_flags) = facts.altstack;
@@ -161,9 +150,9 @@ impl ProcessQuestion {
             .collect::<Result<_, ObjectError>>()?;
         let personality = proc::read_text(&format!("/proc/{pid}/personality"))?;
         let oom = proc::read_text(&format!("/proc/{pid}/oom_score_adj"))?;
-        let state = if process.group_stop.is_some() { state::STOPPED } else { state::ALIVE };
+        let state = if process.group_stop.is_some() { TaskState::Stopped } else { TaskState::Alive };
         Ok(TaskCoreEntry {
-            task_state: state,
+            task_state: state.to_raw(),
             exit_code: 0,
             personality: u32::from_str_radix(personality.trim(), 16).unwrap_or(0),
             flags: process.stat.flags,
@@ -204,14 +193,15 @@ pub fn capture(
     let about_process = ProcessQuestion::ask(pid, &mut batch)?;
     let out = guest.run(&batch)?;
     let task = about_process.core(process, &out)?;
-    let mm = address_space(cx, pid, &process.stat, &about_process, &out, vmas)?;
+    let mm = address_space(cx, process.shown.by, &process.stat, &about_process, &out, vmas)?;
     let facts = facts::of_process(records, guest, process)?;
     let mut cores = Vec::with_capacity(process.threads.len());
     for (thread, facts) in process.threads.iter().zip(facts) {
         cores.push((thread.tid(), thread_core(cx, process, thread, facts, records)?));
     }
-    if let Some((_, core)) = cores.iter_mut().find(|(tid, _)| *tid == pid) {
-        core.tc = Some(task);
+    match cores.iter_mut().find(|(tid, _)| *tid == pid) {
+        Some((_, core)) => core.tc = Some(task),
+        None => cores.push((pid, dead_leader(process, task))),
     }
     Ok(Captured { cores, mm })
 }
@@ -252,12 +242,22 @@ fn address_space(
     })
 }
 
+/// The message of a first thread that has ended before the others: what its process is, and nothing of its own.
+fn dead_leader(process: &FrozenProcess, task: TaskCoreEntry) -> CoreEntry {
+    let exit_code = process.stat.exit_code as u32;
+    CoreEntry {
+        mtype: March::X8664 as i32,
+        tc: Some(TaskCoreEntry { exit_code, leader_ended: Some(true), ..task }),
+        ..CoreEntry::default()
+    }
+}
+
 /// What remains of a process that has ended: its exit code.
 pub fn zombie(stat: &Stat) -> CoreEntry {
     CoreEntry {
         mtype: March::X8664 as i32,
         tc: Some(TaskCoreEntry {
-            task_state: state::ZOMBIE,
+            task_state: TaskState::Dead.to_raw(),
             exit_code: stat.exit_code as u32,
             comm: stat.comm.clone().into_bytes(),
             flags: stat.flags,
@@ -369,10 +369,7 @@ pub fn plan_thread(cx: &mut Planner<'_>, task: TaskRef, core: &CoreEntry, own: &
     let stage = Stage::Thread;
     let mut push = |call| cx.plan.push(task, stage, call);
     if let Some(comm) = thread.comm.as_ref().or(core.tc.as_ref().map(|tc| &tc.comm)) {
-        let mut name = comm.clone();
-        name.truncate(15);
-        name.push(0);
-        push(call!(SYS_prctl(PR_SET_NAME, name), "name"));
+        push(call!(SYS_prctl(PR_SET_NAME, name_bytes(comm)), "name"));
     }
     // One is inherited over a fork, so that even none has to be said. SS_ONSTACK cannot be set: it follows from rsp.
     let stack = match &thread.sas {
@@ -413,11 +410,38 @@ pub fn plan_thread(cx: &mut Planner<'_>, task: TaskRef, core: &CoreEntry, own: &
         sigmask,
         wait: waits::plan(cx, &info.gpregs, thread.wait.as_ref()),
     };
-    let stopped = core.tc.as_ref().is_some_and(|tc| tc.task_state == state::STOPPED);
+    let stopped = core.tc.as_ref().is_some_and(|tc| tc.task_state == TaskState::Stopped.to_raw());
     let planned = cx.plan.task(task);
     planned.resume = Some(resume);
     planned.stopped = stopped;
     Ok(())
+}
+
+/// Plans a first thread that ends before the others go on, as it had.
+pub fn plan_dead_leader(cx: &mut Planner<'_>, task: TaskRef, core: &TaskCoreEntry) -> Result<(), ObjectError> {
+    cx.plan.push(task, Stage::Thread, call!(SYS_prctl(PR_SET_NAME, name_bytes(&core.comm)), "name"));
+    if let Some(pending) = &core.signals_s {
+        plan_pending(&mut cx.plan, task, pending, Whose::Process)?;
+    }
+    cx.plan.task(task).stopped = core.task_state == TaskState::Stopped.to_raw();
+    Ok(())
+}
+
+/// The last thing that such a thread does.
+pub fn plan_leaders_end(cx: &mut Planner<'_>, task: TaskRef, core: &TaskCoreEntry) {
+    // It was to die with the engine; a dead thread that still is takes its process along.
+    cx.plan.push(task, Stage::Last, call!(SYS_prctl(PR_SET_PDEATHSIG, 0u64), "no parent-death signal"));
+    let status = core.exit_code >> 8 & 0xff;
+    let why = format!("the first thread had ended with status {status}");
+    cx.plan.push(task, Stage::Last, call!(SYS_exit(status), why));
+}
+
+/// A thread's name as prctl(2) takes it.
+fn name_bytes(comm: &[u8]) -> Vec<u8> {
+    let mut name = comm.to_vec();
+    name.truncate(15);
+    name.push(0);
+    name
 }
 
 /// What a task starts with, because the engine has it.

@@ -121,8 +121,17 @@ impl Timers {
     }
 }
 
-fn itimer(entry: &ItimerEntry) -> Vec<u8> {
-    [entry.isec, entry.iusec, entry.vsec, entry.vusec].iter().flat_map(|w| w.to_le_bytes()).collect()
+/// The timer as setitimer(2) takes it; `None` where there is none.
+///
+/// ITIMER_REAL stands still from its end until its signal is delivered, which starts it anew (kernel/signal.c,
+/// `dequeue_signal`). One that is due at once comes to stand in the same way: its signal joins the one that was pending.
+fn itimer(entry: &ItimerEntry) -> Option<Vec<u8>> {
+    let due = [entry.vsec, entry.vusec] == [0, 0];
+    if due && [entry.isec, entry.iusec] == [0, 0] {
+        return None;
+    }
+    let vusec = if due { 1 } else { entry.vusec };
+    Some([entry.isec, entry.iusec, entry.vsec, vusec].iter().flat_map(|w| w.to_le_bytes()).collect())
 }
 
 /// Plans the timers of a process.
@@ -130,9 +139,9 @@ pub fn plan(plan: &mut Plan, task: TaskRef, timers: &TaskTimersEntry) -> Result<
     for (which, entry) in
         [(libc::ITIMER_REAL, &timers.real), (libc::ITIMER_VIRTUAL, &timers.virt), (libc::ITIMER_PROF, &timers.prof)]
     {
-        if entry.vsec != 0 || entry.vusec != 0 {
+        if let Some(timer) = itimer(entry) {
             let why = format!("interval timer {which}");
-            plan.push(task, Stage::Timers, call!(SYS_setitimer(which, itimer(entry), 0u64), why));
+            plan.push(task, Stage::Timers, call!(SYS_setitimer(which, timer, 0u64), why));
         }
     }
     let mut posix: BTreeMap<u32, &PosixTimerEntry> = BTreeMap::new();
@@ -150,8 +159,7 @@ pub fn plan(plan: &mut Plan, task: TaskRef, timers: &TaskTimersEntry) -> Result<
 /// PR_TIMER_CREATE_RESTORE_IDS of prctl(2), Linux 6.15: timer_create(2) takes the id that it finds in its result.
 const RESTORE_IDS: u32 = 77;
 
-/// Timer ids are given out in order. Newer kernels let a restore ask for one; for older ones the ids in between would
-/// have to be created and deleted, which the same sequence does where the first call fails.
+/// Timer ids are given out in order; a kernel that lets nobody ask for one cannot restore POSIX timers, and says so.
 fn plan_posix(plan: &mut Plan, task: TaskRef, timers: &BTreeMap<u32, &PosixTimerEntry>) {
     plan.push(task, Stage::Timers, call!(SYS_prctl(RESTORE_IDS, 1u64, 0u64, 0u64, 0u64), "choose timer ids"));
     for timer in timers.values() {

@@ -11,10 +11,10 @@ use nix::unistd::Pid;
 
 use super::ObjectError;
 use super::file::Planner;
-use super::task::state;
 use crate::call;
 use crate::freeze::FrozenProcess;
 use crate::image::proto::{CoreEntry, PstreeEntry};
+use crate::image::{TaskState, references};
 use crate::kernel::clone::{CloneArgs, SET_TID};
 use crate::plan::{Arg, Call, Expect, Role, Stage, Task, TaskRef};
 
@@ -253,7 +253,7 @@ fn add_task(
     pid: i32,
     cores: &HashMap<i32, CoreEntry>,
 ) -> Result<(), ObjectError> {
-    let ended = cores.get(&pid).and_then(|c| c.tc.as_ref()).is_none_or(|tc| tc.task_state == state::ZOMBIE);
+    let ended = cores.get(&pid).is_none_or(TaskState::is_gone);
     let helper = tree.helpers.iter().find(|h| h.pid == pid);
     let parent = helper.map_or_else(|| tree.parent(pid), |h| h.parent);
     let role = if ended || helper.is_some() { Role::Ends } else { Role::Leader };
@@ -305,10 +305,9 @@ fn plan_births(cx: &mut Planner<'_>, tree: &Tree<'_>, pid: i32) -> Result<(), Ob
 fn push_birth(cx: &mut Planner<'_>, tree: &Tree<'_>, task: TaskRef, child: i32, birth: Birth) {
     let creates = cx.tasks[&child];
     let helper = tree.helpers.iter().any(|h| h.pid == child);
-    // A helper's end must not be heard of. CLONE_PARENT takes the creator's own exit signal over.
+    // Whoever a helper creates with CLONE_PARENT takes its exit signal over, so it has the usual one.
     let (flags, signal) = match birth {
         Birth::Sibling(_) => (libc::CLONE_PARENT as u64, 0),
-        _ if helper => (0, 0),
         _ => (0, libc::SIGCHLD as u64),
     };
     let what = if helper { "stand-in for a leader that is gone" } else { "child" };
@@ -322,6 +321,14 @@ fn plan_helper(cx: &mut Planner<'_>, helper: &Helper) {
     let why = format!("collect the stand-in {}", helper.pid);
     let wait = call!(SYS_wait4(helper.pid, 0u64, libc::__WALL as u32, 0u64), why).giving(helper.pid as u64);
     cx.plan.push(parent, Stage::Files, wait);
+    forget_end(cx, parent, "nobody hears of a stand-in's end");
+}
+
+/// Takes the signal that tells of a child's end from a task's queue.
+fn forget_end(cx: &mut Planner<'_>, parent: TaskRef, why: &'static str) {
+    let set = (1u64 << (libc::SIGCHLD - 1)).to_le_bytes().to_vec();
+    let now = vec![0u8; 16];
+    cx.plan.push(parent, Stage::Wiring, call!(SYS_rt_sigtimedwait(set, 0u64, now, 8u64), why).trying());
 }
 
 fn plan_groups(cx: &mut Planner<'_>, tree: &Tree<'_>) -> Result<(), ObjectError> {
@@ -337,10 +344,8 @@ fn plan_groups(cx: &mut Planner<'_>, tree: &Tree<'_>) -> Result<(), ObjectError>
 
 /// A process that had ended ends again, in the same way.
 fn plan_end(cx: &mut Planner<'_>, entry: &PstreeEntry, cores: &HashMap<i32, CoreEntry>) {
-    let Some(core) = cores.get(&(entry.pid as i32)).and_then(|c| c.tc.as_ref()) else { return };
-    if core.task_state != state::ZOMBIE {
-        return;
-    }
+    let gone = cores.get(&(entry.pid as i32)).filter(|core| TaskState::is_gone(core));
+    let Some(core) = gone.and_then(|core| core.tc.as_ref()) else { return };
     let task = cx.tasks[&(entry.pid as i32)];
     let mut name = core.comm.clone();
     name.truncate(15);
@@ -360,10 +365,7 @@ fn plan_end(cx: &mut Planner<'_>, entry: &PstreeEntry, cores: &HashMap<i32, Core
     }
     // Its parent has heard of this end already, or will by what was pending.
     if let Some(parent) = cx.plan.task(task).parent {
-        let set = (1u64 << (libc::SIGCHLD - 1)).to_le_bytes().to_vec();
-        let now = vec![0u8; 16];
-        let call = call!(SYS_rt_sigtimedwait(set, 0u64, now, 8u64), "no second SIGCHLD for an old end").trying();
-        cx.plan.push(parent, Stage::Wiring, call);
+        forget_end(cx, parent, "no second SIGCHLD for an old end");
     }
 }
 
@@ -376,7 +378,7 @@ pub fn plan_threads(cx: &mut Planner<'_>, entry: &PstreeEntry) -> Result<(), Obj
         | libc::CLONE_THREAD
         | libc::CLONE_SYSVSEM;
     let leader = cx.tasks[&(entry.pid as i32)];
-    for &tid in entry.threads.iter().filter(|&&tid| tid != entry.pid) {
+    for &tid in references::threads(entry).iter().filter(|&&tid| tid != entry.pid) {
         let (id, pid) = (Pid::from_raw(tid as i32), Pid::from_raw(entry.pid as i32));
         let task = Task::new(id, pid, Some(leader), Role::Thread(leader));
         cx.plan.tasks.push(task);

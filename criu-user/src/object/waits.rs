@@ -52,7 +52,7 @@ pub fn capture(
         Restart::Futex { until_ns, .. } => is_relative(stopped.regs.rsi).then_some((libc::CLOCK_MONOTONIC, until_ns)),
     };
     let Some((clock, until)) = end else { return Ok((again, None)) };
-    let until = clocks::seen_by(process.pid, clock, until.min(i64::MAX as u64 / 2) as i64)?;
+    let until = clocks::seen_by(process.shown.by, clock, until.min(i64::MAX as u64 / 2) as i64)?;
     Ok((again, until.map(|until| WaitEntry { clock, until: until.max(0) as u64 })))
 }
 

@@ -193,7 +193,7 @@ pub fn iterate(program: BorrowedFd<'_>, pid: u32) -> BpfResult<OwnedFd> {
 
 /// # Safety
 /// What the attribute points to has to be what the command expects.
-pub(super) unsafe fn call<T>((command, name): (c_int, &'static str), attribute: &T) -> BpfResult<RawFd> {
+pub(in crate::kernel) unsafe fn call<T>((command, name): (c_int, &'static str), attribute: &T) -> BpfResult<RawFd> {
     // SAFETY: the attribute is readable for its size; the rest is the caller's word.
     let answer: c_long = unsafe { libc::syscall(libc::SYS_bpf, command, &raw const *attribute, size_of::<T>()) };
     if answer < 0 { Err((name, io::Error::last_os_error())) } else { Ok(answer as RawFd) }
@@ -201,7 +201,7 @@ pub(super) unsafe fn call<T>((command, name): (c_int, &'static str), attribute: 
 
 /// # Safety
 /// `fd` has to be a descriptor that nobody else owns.
-pub(super) unsafe fn owned(fd: RawFd) -> OwnedFd {
+pub(in crate::kernel) unsafe fn owned(fd: RawFd) -> OwnedFd {
     // SAFETY: the caller's word.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }

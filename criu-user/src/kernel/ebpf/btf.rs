@@ -69,6 +69,14 @@ impl Layout {
     }
 }
 
+/// How many types the kernel describes, and the ids of some functions and typedefs by their names.
+pub fn ids(names: &[&str]) -> EbpfResult<(usize, Vec<Option<u32>>)> {
+    let bytes = fs::read(VMLINUX).map_err(|source| EbpfError::NoBtf { path: VMLINUX, source })?;
+    let btf = Btf::scan(&bytes, &[], names)?;
+    let find = |name: &&str| btf.functions.iter().find(|(known, _)| known == name).map(|(_, id)| *id);
+    Ok((btf.starts.len(), names.iter().map(find).collect()))
+}
+
 /// A walk's yield.
 struct Btf<'a> {
     types: &'a [u8],
@@ -76,6 +84,7 @@ struct Btf<'a> {
     /// Byte offset in `types` of each type, by id; id 0 is `void`.
     starts: Vec<u32>,
     structs: Vec<(&'a str, u32)>,
+    /// Functions and typedefs: a tracepoint is known by a typedef.
     functions: Vec<(&'a str, u32)>,
 }
 
@@ -102,7 +111,7 @@ impl<'a> Btf<'a> {
             let kind = btf.kind(at)?;
             if kind == STRUCT {
                 btf.structs.extend(btf.wanted(at, structs)?.map(|name| (name, id)));
-            } else if kind == FUNC {
+            } else if kind == FUNC || kind == TYPEDEF {
                 btf.functions.extend(btf.wanted(at, functions)?.map(|name| (name, id)));
             }
             at += 12 + btf.extra(at)?;

@@ -9,6 +9,7 @@ use nix::unistd::Pid;
 
 use super::survey::Named;
 use super::{EbpfResult, EbpfSurvey};
+use crate::kernel::proc::Shown;
 use crate::kernel::survey::{Descriptor, PAGE, VmFlags, Vma, VmaName};
 
 /// Filesystems whose files may have others behind them: a mapping then shows the file behind to the kernel, and the file
@@ -33,21 +34,23 @@ impl EbpfSurvey {
         Ok(Some(records.iter().map(|vma| area(vma, &mm)).collect()))
     }
 
-    /// The descriptors of processes, as [`crate::kernel::survey::descriptors_of`] gives them.
-    pub fn descriptors(&mut self, pids: &[Pid]) -> EbpfResult<BTreeMap<Pid, Vec<Descriptor>>> {
+    /// The descriptors of processes, as [`crate::kernel::survey::descriptors_of`] gives them by the names in /proc.
+    pub fn descriptors(&mut self, processes: &[Shown]) -> EbpfResult<BTreeMap<Pid, Vec<Descriptor>>> {
         let mut numbers: HashMap<u64, u32> = HashMap::new();
         let mut all = BTreeMap::new();
-        for &pid in pids {
+        for process in processes {
+            let by = process.by.as_raw().unsigned_abs();
+            let leader_lives = process.by == process.pid;
             let mut mine = Vec::new();
-            for file in self.files_of(pid)? {
+            for file in self.files_of(process.pid)? {
                 // A thread's own table is not the process's.
-                if file.record.tid == 0 {
+                if file.record.tid == if leader_lives { 0 } else { by } {
                     let next = numbers.len() as u32 + 1;
                     let description = *numbers.entry(file.record.file).or_insert(next);
                     mine.push(Descriptor { fd: file.record.fd as i32, description });
                 }
             }
-            all.insert(pid, mine);
+            all.insert(process.by, mine);
         }
         Ok(all)
     }

@@ -96,5 +96,19 @@ pub enum EbpfError {
     },
 }
 
+impl EbpfError {
+    /// Whether it would be the same at the next attempt. What a process or the system ran out of may be there again.
+    pub fn will_last(&self) -> bool {
+        const PASSING: [i32; 5] = [libc::ENOMEM, libc::EAGAIN, libc::EINTR, libc::EMFILE, libc::ENFILE];
+        match self {
+            Self::NoBtf { source, .. }
+            | Self::Call { source, .. }
+            | Self::Refused { source, .. }
+            | Self::Read { source, .. } => !source.raw_os_error().is_some_and(|errno| PASSING.contains(&errno)),
+            _ => true,
+        }
+    }
+}
+
 /// Result of what is done with eBPF.
 pub type EbpfResult<T> = Result<T, EbpfError>;

@@ -1,11 +1,14 @@
 //! What the areas of a process are, as messages.
 
+use std::sync::OnceLock;
+
 use crate::image::VmaStatus;
 use crate::image::proto::VmaEntry;
+use crate::kernel::proc;
 use crate::kernel::survey::{VmFlags, Vma, VmaName};
 
 use super::super::file::Capture;
-use super::super::{ObjectError, Refusal, memfd, regfile, shmem};
+use super::super::{ObjectError, Refusal, memfd, regfile, shmem, unsupported};
 
 /// Advice that is state of an area, with the flag that shows it.
 const ADVICE: [(VmFlags, i32); 8] = [
@@ -53,7 +56,30 @@ pub fn areas(cx: &mut Capture<'_>, pid: i32, vmas: &[Vma]) -> Result<Vec<VmaEntr
             _ => entries.push(entry),
         }
     }
+    entries.extend(vsyscall());
     Ok(entries)
+}
+
+/// The vsyscall page, the last area of every process where the kernel has one (arch/x86/entry/vsyscall). It is neither
+/// read nor made, but readers of the format walk the areas up to it and miss it.
+fn vsyscall() -> Option<VmaEntry> {
+    static FOUND: OnceLock<Option<VmaEntry>> = OnceLock::new();
+    let look = || {
+        let maps = proc::read_text("/proc/self/maps").ok()?;
+        let mut words = maps.lines().rfind(|line| line.ends_with("[vsyscall]"))?.split_ascii_whitespace();
+        let (start, end) = words.next()?.split_once('-')?;
+        let readable = words.next()?.starts_with('r');
+        Some(VmaEntry {
+            start: u64::from_str_radix(start, 16).ok()?,
+            end: u64::from_str_radix(end, 16).ok()?,
+            prot: (libc::PROT_EXEC | if readable { libc::PROT_READ } else { 0 }) as u32,
+            flags: (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u32,
+            status: (VmaStatus::VSYSCALL | VmaStatus::ANON_PRIVATE).bits(),
+            fd: -1,
+            ..VmaEntry::default()
+        })
+    };
+    *FOUND.get_or_init(look)
 }
 
 fn area(cx: &mut Capture<'_>, pid: i32, vma: &Vma) -> Result<VmaEntry, ObjectError> {
@@ -72,6 +98,9 @@ fn area(cx: &mut Capture<'_>, pid: i32, vma: &Vma) -> Result<VmaEntry, ObjectErr
     };
     entry.status = if let Some(kernel) = kernel_area(vma) {
         kernel
+    } else if let Some((what, advice)) = unsupported::mapping(vma) {
+        refuse(cx, pid, vma, &what, advice);
+        VmaStatus::empty()
     } else if vma.flags.intersects(VmFlags::PFNMAP | VmFlags::IO) {
         refuse(cx, pid, vma, "memory of a device", "devices cannot be dumped");
         VmaStatus::empty()
@@ -112,6 +141,11 @@ fn area(cx: &mut Capture<'_>, pid: i32, vma: &Vma) -> Result<VmaEntry, ObjectErr
 }
 
 fn refuse(cx: &mut Capture<'_>, pid: i32, vma: &Vma, what: &str, advice: &str) {
-    let what = format!("{what} at {:#x} ({:?})", vma.start, vma.name);
+    let name = match &vma.name {
+        VmaName::None => String::new(),
+        VmaName::Special(name) => format!(" ({name})"),
+        VmaName::File(path) => format!(" ({})", path.display()),
+    };
+    let what = format!("{what} at {:#x}{name} cannot be dumped", vma.start);
     cx.refuse(Refusal { pid, fd: None, what, advice: advice.into() });
 }

@@ -1,23 +1,26 @@
 //! Writing the private memory of a process.
 
 use nix::errno::Errno;
+use nix::unistd::Pid;
 
 use crate::agent::{Batch, Guest};
+use crate::freeze::FrozenProcess;
 use crate::image::proto::VmaEntry;
 use crate::image::{ImageKind, PageRange, PagesWriter, VmaStatus};
 use crate::kernel::mem::ProcessMemory;
 use crate::kernel::pagemap::{PageKind, PageMap, Query, Region};
 use crate::kernel::survey::{PAGE, VmFlags, Vma};
+use crate::observer::Observer;
 
 use super::super::ObjectError;
 use super::super::file::Capture;
-use super::super::signals::inside;
 use super::area::is_private;
 
 /// I/O vectors that one call takes: IOV_MAX.
 pub(super) const IOVECS: usize = 1024;
-/// Bytes that one call moves: the kernel stops at MAX_RW_COUNT, a page below 2 GiB.
-pub(super) const CALL_BYTES: u64 = 1 << 30;
+/// Bytes that one call moves: the kernel stops at MAX_RW_COUNT, a page below 2 GiB. These are far fewer: whoever watches
+/// wants to see progress.
+pub(super) const CALL_BYTES: u64 = 64 << 20;
 
 /// What a dump of memory came to.
 #[derive(Debug, Default, Clone, Copy)]
@@ -26,6 +29,13 @@ pub struct Pages {
     pub scanned: u64,
     /// Pages written.
     pub written: u64,
+}
+
+/// About how many bytes of private memory a process has: of those in memory, the ones that are no file's.
+pub fn estimate(pid: Pid) -> u64 {
+    let text = crate::kernel::proc::read_text(&format!("/proc/{pid}/statm")).unwrap_or_default();
+    let pages: Vec<u64> = text.split_ascii_whitespace().filter_map(|word| word.parse().ok()).collect();
+    pages.get(1).zip(pages.get(2)).map_or(0, |(resident, shared)| resident.saturating_sub(*shared) * PAGE)
 }
 
 /// Pages that hold what nothing else does: in memory or swapped out, not the file's own, not the zero page. Pages that
@@ -42,17 +52,19 @@ const OWN_PAGES: Query = Query {
 pub fn dump_private(
     cx: &Capture<'_>,
     guest: &mut Guest<'_>,
-    memory: &ProcessMemory,
+    process: &FrozenProcess,
     vmas: &[Vma],
     pages_id: u32,
     guards: &mut Vec<VmaEntry>,
 ) -> Result<Pages, ObjectError> {
     let pid = guest.pid();
-    let mut map = PageMap::open(pid)?;
+    let memory =
+        process.memory.as_ref().ok_or_else(|| ObjectError::contradiction(format!("pid {pid} has no memory")))?;
+    let mut map = PageMap::open(process.shown.by)?;
     let image = PagesWriter::create(cx.dir, ImageKind::Pagemap.id(pid.as_raw() as u64), pages_id)?;
     let mut scanned = 0;
     let by_itself = can_write_itself(pid.as_raw());
-    let mut copy = Copy { image, guest, memory, lent: None, waiting: Vec::new() };
+    let mut copy = Copy { image, guest, memory, observer: cx.observer, waiting: Vec::new() };
     for vma in vmas {
         if vma.special() == Some("[vdso]") {
             // With it a restore can tell whether its kernel's vDSO is the same.
@@ -106,8 +118,7 @@ struct Copy<'g, 'm> {
     image: PagesWriter,
     guest: &'g mut Guest<'m>,
     memory: &'g ProcessMemory,
-    /// The pages file's number in the process, once it has it.
-    lent: Option<i32>,
+    observer: &'g dyn Observer,
     /// What the process is to write itself, collected so that one call serves many regions.
     waiting: Vec<Region>,
 }
@@ -132,6 +143,7 @@ impl Copy<'_, '_> {
             self.guest.hide(start, &mut bytes);
             let offset = self.place(start, len)?;
             crate::kernel::fd::write_all_at(self.image.pages(), &bytes, offset)?;
+            self.observer.moved(len);
             start += len;
         }
         Ok(())
@@ -163,30 +175,28 @@ impl Copy<'_, '_> {
         for &(start, len) in vector {
             self.place(start, len)?;
         }
-        let fd = match self.lent {
-            Some(fd) => fd,
-            None => *self.lent.insert(self.guest.lend(self.image.pages())?),
-        };
+        let fd = self.guest.lend(self.image.pages())?;
         let mut batch = Batch::new();
         let iov: Vec<u8> = vector.iter().flat_map(|(start, len)| [*start, *len]).flat_map(u64::to_le_bytes).collect();
         let iov = batch.bytes(&iov);
         let write =
             batch.call(libc::SYS_pwritev, &[fd.into(), iov.into(), vector.len().into(), offset.into(), 0u64.into()]);
         let outcome = self.guest.run(&batch)?;
-        let failed = inside(self.guest.pid().as_raw(), "pwritev", "its memory into the image");
+        let (pid, file) = (self.guest.pid().as_raw(), self.image.pages_path());
+        let failed = |errno| Err(ObjectError::Memory { pid, file: file.to_owned(), errno });
         match outcome.ret(write) {
-            Ok(written) if written == bytes => Ok(()),
+            Ok(written) if written == bytes => {
+                self.observer.moved(bytes);
+                Ok(())
+            }
             // The kernel wrote a part before it met the obstacle: no room, mostly.
-            Ok(_) => Err(failed(Errno::ENOSPC)),
-            Err(errno) => Err(failed(errno)),
+            Ok(_) => failed(Errno::ENOSPC),
+            Err(errno) => failed(errno),
         }
     }
 
     fn finish(mut self) -> Result<u64, ObjectError> {
         self.write_from_inside()?;
-        if let Some(fd) = self.lent.take() {
-            self.guest.take_back(fd)?;
-        }
         Ok(self.image.finish()?.present)
     }
 }

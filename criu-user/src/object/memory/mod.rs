@@ -11,6 +11,6 @@ mod inherit;
 mod plan;
 
 pub use area::areas;
-pub use dump::{Pages, dump_private};
+pub use dump::{Pages, dump_private, estimate};
 pub use facts::plan_facts;
 pub use plan::{OpenImage, plan};

@@ -230,8 +230,8 @@ fn info(held: &Held, index: u32, master: bool, sid: i32, pgrp: i32) -> Result<Tt
         entry.packet_mode = sys::pty_packet_mode(fd)? != 0;
     }
     entry.termios = Some(to_image(&tty::settings(fd)?));
-    let locked = tty::locked_settings(fd).ok().filter(|locked| *locked != Settings::default());
-    entry.termios_locked = locked.map(|locked| to_image(&locked));
+    // CRIU takes a terminal with settings only if it is said which are locked.
+    entry.termios_locked = Some(to_image(&tty::locked_settings(fd).unwrap_or_default()));
     let size = sys::window_size(fd)?;
     entry.winsize = Some(WinsizeEntry {
         ws_row: size.ws_row.into(),

@@ -87,17 +87,22 @@ impl FileKind for Tty {
     }
 }
 
+/// CRIU copies the characters as bytes over an array of this many words, and takes no shorter one.
+const CHARACTER_WORDS: usize = 32;
+
 fn to_image(settings: &Settings) -> TermiosEntry {
     let [c_iflag, c_oflag, c_cflag, c_lflag] = settings.modes;
     let [c_ispeed, c_ospeed] = settings.speeds;
-    let c_cc = settings.characters.iter().map(|&c| c.into()).collect();
+    let mut bytes = settings.characters.to_vec();
+    bytes.resize(4 * CHARACTER_WORDS, 0);
+    let c_cc = bytes.chunks_exact(4).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect();
     TermiosEntry { c_iflag, c_oflag, c_cflag, c_lflag, c_line: settings.line.into(), c_ispeed, c_ospeed, c_cc }
 }
 
 fn from_image(entry: &TermiosEntry) -> Settings {
     let mut characters = [0; CONTROL_CHARACTERS];
-    for (to, from) in characters.iter_mut().zip(&entry.c_cc) {
-        *to = *from as u8;
+    for (to, from) in characters.iter_mut().zip(entry.c_cc.iter().flat_map(|word| word.to_le_bytes())) {
+        *to = from;
     }
     Settings {
         modes: [entry.c_iflag, entry.c_oflag, entry.c_cflag, entry.c_lflag],

@@ -410,8 +410,9 @@ impl SetUp {
         if let Some(slave) = slave {
             buffer::fill(End { fd: slave, peer: Some(master), slave: true, packets: false }, &settings, typed)?;
         }
-        if let Some(locked) = &self.info.termios_locked {
-            tty::lock_settings(master, &from_image(locked))?;
+        let locked = self.info.termios_locked.as_ref().map(from_image);
+        if let Some(locked) = locked.filter(|locked| *locked != tty::Settings::default()) {
+            tty::lock_settings(master, &locked)?;
         }
         if let Some(size) = &self.info.winsize {
             let size = tty::size(size.ws_row, size.ws_col, size.ws_xpixel, size.ws_ypixel);

@@ -230,7 +230,7 @@ fn binding(entry: &UnixSkEntry, cx: &mut Planner<'_>) -> Result<Option<Binding>,
         // Short enough for an address wherever the directory is: relative to it.
         let whole = moved_to.clone().unwrap_or_else(|| dir.join(path(path_bytes(&name))));
         match (whole.parent(), whole.file_name()) {
-            (Some(parent), Some(base)) => Place::Disk(parent.to_owned(), base.into()),
+            (Some(parent), Some(base)) => Place::Disk(cx.options.root.join(parent), base.into()),
             _ => return Err(ObjectError::contradiction(format!("unix socket {} has no file name", entry.ino))),
         }
     };
@@ -240,7 +240,7 @@ fn binding(entry: &UnixSkEntry, cx: &mut Planner<'_>) -> Result<Option<Binding>,
         Place::Disk(_, base) => Place::Disk(dir, base),
         other => other,
     };
-    Ok(Some(Binding { name, place, perms: entry.file_perms, moved_to }))
+    Ok(Some(Binding { name, place, root: cx.options.root.clone(), perms: entry.file_perms, moved_to }))
 }
 
 /// Plans everything that is not opening, for all sockets at once.
@@ -412,7 +412,8 @@ impl Wiring {
         } else {
             Place::Abstract(accepted.name.clone())
         };
-        let binding = Binding { name: accepted.name.clone(), place: place.clone(), perms: None, moved_to: None };
+        let root = cx.options.root.clone();
+        let binding = Binding { name: accepted.name.clone(), place: place.clone(), root, perms: None, moved_to: None };
         let socket = cx.plan.open(Make { kind: accepted.r#type, second: None, binding: Some(binding) });
         match self.maker(cx, client.peer_cred.as_ref(), accepted.id) {
             Some((task, ids)) => {
@@ -571,7 +572,8 @@ impl Wiring {
         } else {
             Place::Abstract(name.clone())
         };
-        let binding = Binding { name: name.clone(), place: own, perms: None, moved_to: None };
+        let root = cx.options.root.clone();
+        let binding = Binding { name: name.clone(), place: own, root, perms: None, moved_to: None };
         Ok(Sender::Nobody(Some(binding), place))
     }
 }

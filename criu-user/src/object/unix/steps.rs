@@ -15,6 +15,7 @@ use super::{is_path, path_bytes};
 use crate::image::proto::{FilePermsEntry, SkPacketEntry, UnixSkEntry};
 use crate::kernel::error::During;
 use crate::kernel::pidfd::PidFd;
+use crate::kernel::root::Root;
 use crate::kernel::scratch::{self, Stand};
 use crate::kernel::socket::{self, Extra};
 use crate::kernel::{SysResult, fd};
@@ -154,6 +155,8 @@ pub struct Binding {
     pub name: Vec<u8>,
     /// Where it is.
     pub place: Place,
+    /// Where paths start.
+    pub root: Root,
     /// Mode and owner of the file.
     pub perms: Option<FilePermsEntry>,
     /// Where the file went after it was bound.
@@ -187,7 +190,10 @@ impl Binding {
                     std::fs::rename(name, Path::new("/").join(short)).during("rename", name.display())
                 })?;
             }
-            Place::Disk(dir, _) => scratch::from(&Stand::In(dir.clone()), || self.bind_on_disk(made, name, &bound))?,
+            Place::Disk(dir, _) => {
+                let stand = Stand::In(self.root.clone(), dir.clone());
+                scratch::from(&stand, || self.bind_on_disk(made, name, &bound))?;
+            }
             Place::Abstract(_) => return Err("a path is no abstract name".into()),
         }
         Ok(())

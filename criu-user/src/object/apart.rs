@@ -1,0 +1,127 @@
+//! What tells a tree's processes apart from the engine and from each other, and is taken for granted everywhere else:
+//! all live in the engine's namespaces (clocks excepted), each process has an address space, descriptors, directories
+//! and signal actions of its own, and its threads share them. A tree that is otherwise is refused.
+
+use std::fs;
+use std::path::PathBuf;
+
+use nix::unistd::Pid;
+
+use super::Refusal;
+use super::file::Capture;
+use crate::freeze::{Frozen, FrozenProcess};
+use crate::kernel::SysResult;
+use crate::kernel::error::During;
+use crate::kernel::proc::{self, Shown};
+use crate::kernel::sys::{Compare, kcmp};
+
+/// A kind of namespace: its file in /proc/PID/ns, its name for readers.
+type Kind = (&'static str, &'static str);
+
+/// Those that a process has to share with the engine. (Its descriptors and paths are looked at with the engine's eyes.)
+const SHARED: [Kind; 8] = [
+    ("mnt", "mount"),
+    ("pid", "pid"),
+    ("net", "network"),
+    ("user", "user"),
+    ("uts", "UTS"),
+    ("ipc", "IPC"),
+    ("cgroup", "cgroup"),
+    ("pid_for_children", "pid"),
+];
+/// Those that one thread alone can leave.
+const BY_THREAD: [Kind; 4] = [("mnt", "mount"), ("net", "network"), ("uts", "UTS"), ("ipc", "IPC")];
+const ADVICE: &str = "run criu-ebpf inside of it (nsenter), where it sees what the process sees";
+
+/// Enters refusals for all that is otherwise.
+pub fn refuse(cx: &mut Capture<'_>, frozen: &Frozen) -> SysResult<()> {
+    let own = SHARED.map(|(file, _)| namespace("self", file));
+    let clock = namespace(&frozen.processes[0].shown.by.to_string(), "time").ok();
+    for process in frozen.alive() {
+        let found = foreign_namespaces(process.shown.by, &own)?;
+        if !found.is_empty() {
+            let what = format!("it is in another {} namespace than criu-ebpf", found.join(", "));
+            cx.refuse(refusal(process.pid, what, ADVICE));
+        }
+        if namespace(&process.shown.by.to_string(), "time").ok() != clock {
+            let what = "its clocks are not those of the tree's first process (time namespace)".to_owned();
+            cx.refuse(refusal(process.pid, what, "dump that part of the tree by itself"));
+        }
+        refuse_threads(cx, process)?;
+    }
+    for process in frozen.alive() {
+        if let Some(parent) = frozen.alive().find(|other| other.pid == process.stat.ppid) {
+            refuse_shared(cx, parent.shown, process.shown)?;
+        }
+    }
+    Ok(())
+}
+
+fn refusal(pid: Pid, what: String, advice: &str) -> Refusal {
+    Refusal { pid: pid.as_raw(), fd: None, what, advice: advice.to_owned() }
+}
+
+/// `kind:[number]`. A kernel without a kind of namespace has one for all.
+fn namespace(of: &str, kind: &str) -> SysResult<PathBuf> {
+    proc::link(&format!("/proc/{of}/ns/{kind}"))
+}
+
+fn foreign_namespaces(pid: Pid, own: &[SysResult<PathBuf>; 8]) -> SysResult<Vec<String>> {
+    let mut found: Vec<String> = Vec::new();
+    let pid = pid.to_string();
+    for ((file, name), own) in SHARED.iter().zip(own) {
+        let Ok(own) = own else { continue };
+        let name = (*name).to_owned();
+        if namespace(&pid, file)? != *own && !found.contains(&name) {
+            found.push(name);
+        }
+    }
+    Ok(found)
+}
+
+/// Threads that have something of their own that threads mostly share.
+fn refuse_threads(cx: &mut Capture<'_>, process: &FrozenProcess) -> SysResult<()> {
+    let pid = process.pid;
+    let Some(first) = process.threads.first() else { return Ok(()) };
+    let of = |tid: Pid, kind: &str| {
+        let path = format!("/proc/{pid}/task/{tid}/ns/{kind}");
+        fs::read_link(&path).during("readlink", &path)
+    };
+    for thread in &process.threads[1..] {
+        let tid = thread.tid();
+        for (file, name) in BY_THREAD {
+            if of(tid, file)? != of(first.tid(), file)? {
+                let what = format!("its thread {tid} is in a {name} namespace of its own");
+                cx.refuse(refusal(pid, what, "let the thread end, or come back (setns)"));
+            }
+        }
+        for (what, name) in [(Compare::Files, "descriptors"), (Compare::Fs, "directories")] {
+            if !kcmp(first.tid(), tid, what)?.is_eq() {
+                let what = format!("its thread {tid} has {name} of its own (unshare)");
+                cx.refuse(refusal(pid, what, "let the thread end before the dump"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A process that has something in common with its parent that processes mostly have each.
+fn refuse_shared(cx: &mut Capture<'_>, parent: Shown, process: Shown) -> SysResult<()> {
+    let all = [
+        (Compare::Vm, "memory"),
+        (Compare::Files, "descriptors"),
+        (Compare::Fs, "directories"),
+        (Compare::Sighand, "signal actions"),
+    ];
+    let mut shared = Vec::new();
+    for (what, name) in all {
+        if kcmp(parent.by, process.by, what)?.is_eq() {
+            shared.push(name);
+        }
+    }
+    if !shared.is_empty() {
+        let what = format!("it shares its {} with its parent {} (clone)", shared.join(", "), parent.pid);
+        cx.refuse(refusal(process.pid, what, "use threads, or fork(2)"));
+    }
+    Ok(())
+}

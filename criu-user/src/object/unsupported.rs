@@ -1,0 +1,108 @@
+//! Descriptors of kinds that nothing here can carry over: what they are, and what can be done about each.
+
+use std::os::fd::AsFd;
+
+use nix::sys::stat::SFlag;
+
+use super::Refusal;
+use super::file::Seen;
+use crate::kernel::socket;
+use crate::kernel::survey::{Vma, VmaName};
+
+const CLOSE: &str = "close it before the dump";
+const RINGS: &str = "requests that the kernel works on cannot be carried over: close it before the dump, or have the program \
+                     do without (UV_USE_IO_URING=0 for libuv, sysctl kernel.io_uring_disabled=2 for all)";
+const AIO: &str = "requests that the kernel works on cannot be carried over: have the program end them (io_destroy) or do \
+                   without (innodb_use_native_aio=0, aio threads in nginx)";
+const PROFILE: &str = "end the profiling (perf, bpftrace) before the dump";
+const EBPF: &str = "pin it in a bpffs, and close it for the dump";
+const WAITERS: &str = "close it before the dump, and wait by waitpid";
+
+/// Where /proc/PID/fd points, or the beginning of that; what it is; advice.
+const KNOWN: &[(&str, &str, &str)] = &[
+    ("anon_inode:[io_uring]", "an io_uring instance", RINGS),
+    ("anon_inode:[io_uring", "a part of io_uring", RINGS),
+    ("anon_inode:[userfaultfd]", "a userfaultfd", "end what serves its page faults before the dump"),
+    ("anon_inode:[perf_event]", "a performance counter", PROFILE),
+    ("anon_inode:bpf-map", "an eBPF map", EBPF),
+    ("anon_inode:bpf-prog", "an eBPF program", EBPF),
+    ("anon_inode:bpf", "an eBPF object", EBPF),
+    ("anon_inode:[pidfd]", "a pidfd", WAITERS),
+    ("pidfd:", "a pidfd", WAITERS),
+    ("anon_inode:[fanotify]", "a fanotify group", "end the watching before the dump"),
+    ("anon_inode:seccomp notify", "the supervisor's end of a seccomp filter", "dump the supervised process alone"),
+    ("anon_inode:kvm", "a virtual machine", "save the machine by its own means"),
+    ("anon_inode:[landlock-ruleset]", "a Landlock ruleset", CLOSE),
+    ("anon_inode:[fscontext]", "a file system that is being set up", "finish mounting before the dump"),
+    ("/dmabuf:", "a buffer shared with a device", CLOSE),
+    ("mqueue:", "a message queue", CLOSE),
+    ("net:[", "a network namespace", CLOSE),
+    ("mnt:[", "a mount namespace", CLOSE),
+    ("pid:[", "a pid namespace", CLOSE),
+    ("user:[", "a user namespace", CLOSE),
+    ("uts:[", "a UTS namespace", CLOSE),
+    ("ipc:[", "an IPC namespace", CLOSE),
+    ("cgroup:[", "a cgroup namespace", CLOSE),
+    ("time:[", "a time namespace", CLOSE),
+];
+
+/// Families of sockets that have no kind of their own, by the numbers of socket(2).
+const FAMILIES: &[(i32, &str, &str)] = &[
+    (libc::AF_PACKET, "a packet socket", "end the capture (tcpdump, a DHCP client) before the dump"),
+    (libc::AF_VSOCK, "a socket to a virtual machine or its host", CLOSE),
+    (libc::AF_ALG, "a socket of the kernel's cryptography", CLOSE),
+    (libc::AF_CAN, "a CAN socket", CLOSE),
+    (libc::AF_BLUETOOTH, "a Bluetooth socket", CLOSE),
+    (libc::AF_XDP, "an XDP socket", CLOSE),
+    (libc::AF_TIPC, "a TIPC socket", CLOSE),
+    (libc::AF_RDS, "an RDS socket", CLOSE),
+];
+
+/// The refusal of a description that is of no kind.
+pub fn refuse(seen: &Seen) -> Refusal {
+    let link = seen.link_text();
+    let kind = SFlag::from_bits_truncate(seen.stat.st_mode) & SFlag::S_IFMT;
+    if let Some((_, what, advice)) = KNOWN.iter().find(|(start, ..)| link.starts_with(start)) {
+        let whose = seen.info.get("Pid").map(|pid| format!(" of process {pid}")).unwrap_or_default();
+        return seen.refuse(format!("{what}{whose} ({link}) cannot be dumped"), *advice);
+    }
+    if kind == SFlag::S_IFCHR || kind == SFlag::S_IFBLK {
+        let (major, minor) = (libc::major(seen.stat.st_rdev), libc::minor(seen.stat.st_rdev));
+        let what = format!("the device {link} ({major}:{minor}) cannot be dumped: its driver keeps what it knows");
+        return seen.refuse(what, CLOSE);
+    }
+    if kind == SFlag::S_IFSOCK {
+        return refuse_socket(seen);
+    }
+    seen.refuse(format!("{link} is of a kind that cannot be dumped"), CLOSE)
+}
+
+fn refuse_socket(seen: &Seen) -> Refusal {
+    let number = |option| socket::number(seen.file.as_fd(), libc::SOL_SOCKET, option).unwrap_or(-1);
+    let (family, protocol) = (number(libc::SO_DOMAIN), number(libc::SO_PROTOCOL));
+    let link = seen.link_text();
+    match FAMILIES.iter().find(|(known, ..)| *known == family) {
+        Some((_, what, advice)) => seen.refuse(format!("{what} ({link}) cannot be dumped"), *advice),
+        None => {
+            let what = format!("a socket of family {family}, protocol {protocol} ({link}) cannot be dumped");
+            seen.refuse(what, CLOSE)
+        }
+    }
+}
+
+/// What an area is whose file is the kernel's own: a ring or a buffer of one of these descriptions; and advice.
+pub fn mapping(vma: &Vma) -> Option<(String, &'static str)> {
+    let VmaName::File(name) = &vma.name else { return None };
+    let name = name.to_string_lossy();
+    if name.starts_with("/[aio]") {
+        return Some(("the ring of a context of asynchronous I/O (io_setup)".to_owned(), AIO));
+    }
+    if !name.starts_with("anon_inode:") && !name.starts_with("/dmabuf:") {
+        return None;
+    }
+    let known = KNOWN.iter().find(|(start, ..)| name.starts_with(start));
+    Some(known.map_or_else(
+        || (format!("memory of {name}"), CLOSE),
+        |(_, what, advice)| (format!("memory of {what}"), advice),
+    ))
+}
