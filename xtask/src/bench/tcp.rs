@@ -26,6 +26,9 @@ struct Times {
     restore: Duration,
 }
 
+/// One of the times.
+type Value = fn(&Times) -> Duration;
+
 /// Measures both engines and prints a table.
 pub fn run(args: &[String]) -> Result<()> {
     let plan = parse(args)?;
@@ -42,8 +45,7 @@ pub fn run(args: &[String]) -> Result<()> {
     let [ours, theirs] = &times;
     println!("| {} connections | {} | {} | ratio |", plan.connections, contenders[0].name, contenders[1].name);
     println!("| --- | ---: | ---: | ---: |");
-    let rows: [(&str, fn(&Times) -> Duration); 3] =
-        [("frozen", |t| t.frozen), ("dump", |t| t.dump), ("restore", |t| t.restore)];
+    let rows: [(&str, Value); 3] = [("frozen", |t| t.frozen), ("dump", |t| t.dump), ("restore", |t| t.restore)];
     for (title, value) in rows {
         let (ours, theirs) = (median(ours, value), median(theirs, value));
         println!("| {title} | {ours:.1?} | {theirs:.1?} | {:.2} |", ours.as_secs_f64() / theirs.as_secs_f64());
@@ -88,7 +90,7 @@ fn measure(contender: &Contender, words: &[&str], connections: &str) -> Result<T
     Ok(Times { frozen, dump, restore })
 }
 
-fn median(times: &[Times], value: fn(&Times) -> Duration) -> Duration {
+fn median(times: &[Times], value: Value) -> Duration {
     let mut values: Vec<Duration> = times.iter().map(value).collect();
     values.sort();
     values.get(values.len() / 2).copied().unwrap_or_default()
