@@ -137,6 +137,25 @@ fn in_flight(row: &Row) {
     pair.peer.wait_for_word("ok");
 }
 
+/// What `criu-ebpf tcp` says of a tree and of its images.
+fn shown(row: &Row) {
+    let row = kept(row);
+    let pair = Pair::start("close_wait", "v4", 1);
+    let images = row.next_images(&pair.program);
+    fs::create_dir_all(&images).expect("creating a directory");
+    let look = |of: std::ffi::OsString| {
+        let said = row.dumper.call(&["tcp".into(), "--json".into(), of], &images, "tcp").expect_success().printed;
+        let parts = [r#""state":"CloseWait""#, r#""received":15"#, "\"timestamps\",\"sack\"", r#""refused":null"#];
+        parts.iter().for_each(|part| assert!(said.contains(part), "no {part} in {said}"));
+    };
+    look(pair.program.pid().to_string().into());
+    row.dumper.dump(&pair.program, &images, &row.options).expect_success();
+    pair.program.expect_gone(&[pair.program.pid()].into());
+    look(images.clone().into());
+    row.restore(&pair.program, &images);
+    pair.finish();
+}
+
 fn refused(row: &Row, case: &str, reason: &str) {
     let pair = Pair::start(case, "v4", 1);
     let images = row.next_images(&pair.program);
@@ -182,6 +201,7 @@ rows! {
     request_sent => syn_sent;
     client_in_flight => in_flight;
 
+    table => shown;
     urgent_data => |row| refused(row, "urgent", "urgent");
     signed_packets => |row| kept(row).refused(&Workload::new("tcp.py", "signed"), "MD5");
 }
