@@ -17,6 +17,8 @@ import time
 from lib import case, check, equal, log, main, path, wait_for
 
 FAMILY = os.environ.get("E2E_FAMILY", "v4")
+# Where the program listens, as its peer sees it.
+ADDRESS = os.environ.get("E2E_ADDRESS", "::1" if FAMILY == "v6" else "127.0.0.1")
 ROUNDS = int(os.environ.get("E2E_ROUNDS", "1"))
 ESTABLISHED, SYN_SENT, FIN_WAIT1, FIN_WAIT2, CLOSE, CLOSE_WAIT, LAST_ACK, CLOSING = 1, 2, 4, 5, 7, 8, 9, 11
 
@@ -43,7 +45,8 @@ def same(data, start, what):
 
 def listener():
     """The program's listening socket."""
-    family, address = {"v4": (socket.AF_INET, "127.0.0.1"), "v6": (socket.AF_INET6, "::1"), "mapped": (socket.AF_INET6, "::")}[FAMILY]
+    family = socket.AF_INET if FAMILY == "v4" else socket.AF_INET6
+    address = "::" if FAMILY == "mapped" else ADDRESS
     sock = socket.socket(family)
     if FAMILY == "mapped":
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -77,7 +80,7 @@ def call(**options):
     for name, value in options.items():
         sock.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
     sock.settimeout(60)
-    sock.connect(("::1" if FAMILY == "v6" else "127.0.0.1", int(sys.argv[2])))
+    sock.connect((ADDRESS, int(sys.argv[2])))
     return sock
 
 
