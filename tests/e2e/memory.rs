@@ -1,6 +1,6 @@
 //! Memory: contents, sharing, protection, and what madvise and mlock said.
 
-use e2e::workload_rows;
+use e2e::{Workload, rows, workload_rows};
 
 workload_rows! { "memory.py";
     private_anonymous
@@ -47,4 +47,9 @@ workload_rows! { "stack.c";
     deep_stack
     stack_grows
     grows_down
+}
+
+rows! {
+    /// Nobody can read it, not even the kernel for us.
+    secret => |row| row.refused(&Workload::new("memory.py", "secret"), "memfd_secret");
 }

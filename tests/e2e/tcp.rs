@@ -102,6 +102,14 @@ fn closing(row: &Row, family: &str) {
     pair.finish_and_compare();
 }
 
+/// A thousand at once.
+fn many(row: &Row) {
+    let mut pair = Pair::start("many", "v4", 1);
+    pair.program.next();
+    move_once(&kept(row), &pair.program);
+    pair.finish();
+}
+
 fn syn_sent(row: &Row) {
     let mut peer = Workload::new("tcp.py", "full").start();
     let workload = Workload::new("tcp.py", "syn_sent");
@@ -127,6 +135,25 @@ fn in_flight(row: &Row) {
     pair.peer.go();
     pair.program.finish();
     pair.peer.wait_for_word("ok");
+}
+
+/// What `criu-ebpf tcp` says of a tree and of its images.
+fn shown(row: &Row) {
+    let row = kept(row);
+    let pair = Pair::start("close_wait", "v4", 1);
+    let images = row.next_images(&pair.program);
+    fs::create_dir_all(&images).expect("creating a directory");
+    let look = |of: std::ffi::OsString| {
+        let said = row.dumper.call(&["tcp".into(), "--json".into(), of], &images, "tcp").expect_success().printed;
+        let parts = [r#""state":"CloseWait""#, r#""received":15"#, "\"timestamps\",\"sack\"", r#""refused":null"#];
+        parts.iter().for_each(|part| assert!(said.contains(part), "no {part} in {said}"));
+    };
+    look(pair.program.pid().to_string().into());
+    row.dumper.dump(&pair.program, &images, &row.options).expect_success();
+    pair.program.expect_gone(&[pair.program.pid()].into());
+    look(images.clone().into());
+    row.restore(&pair.program, &images);
+    pair.finish();
 }
 
 fn refused(row: &Row, case: &str, reason: &str) {
@@ -170,12 +197,128 @@ rows! {
     closed_mapped => |row| state(row, "closed", "mapped");
     reset_v4 => |row| state(row, "reset", "v4");
     reset_v6 => |row| state(row, "reset", "v6");
-    many_connections => |row| state(row, "many", "v4");
+    many_connections => many;
     request_sent => syn_sent;
     client_in_flight => in_flight;
 
+    table => shown;
     urgent_data => |row| refused(row, "urgent", "urgent");
     signed_packets => |row| kept(row).refused(&Workload::new("tcp.py", "signed"), "MD5");
+}
+
+/// The peer is in a network namespace of its own, at the other end of a cable: its address is none of ours.
+mod remote {
+    use std::process::Command;
+
+    use super::*;
+
+    /// A network namespace and a cable to it; both go with this.
+    struct Network {
+        name: String,
+    }
+
+    impl Network {
+        /// `number` tells the networks of one run apart, the process id those of several.
+        fn new(number: u8) -> Self {
+            let pid = std::process::id();
+            let network = Self { name: format!("e2e{pid}-{number}") };
+            let name = &network.name;
+            let subnet = format!("10.{}.{number}", 64 + pid % 128);
+            let v6 = format!("fd00:{:x}:{number}:", pid & 0xffff);
+            ip(&format!("netns add {name}"));
+            ip(&format!("link add e{pid}-{number} type veth peer name peer netns {name}"));
+            ip(&format!("addr add {subnet}.1/24 dev e{pid}-{number}"));
+            ip(&format!("addr add {v6}:1/64 dev e{pid}-{number} nodad"));
+            ip(&format!("link set e{pid}-{number} up"));
+            ip(&format!("-n {name} addr add {subnet}.2/24 dev peer"));
+            ip(&format!("-n {name} addr add {v6}:2/64 dev peer nodad"));
+            ip(&format!("-n {name} link set peer up"));
+            network
+        }
+
+        fn address(&self, family: &str) -> String {
+            let pid = std::process::id();
+            let number = self.name.rsplit('-').next().expect("a number");
+            if family == "v6" {
+                format!("fd00:{:x}:{number}::1", pid & 0xffff)
+            } else {
+                format!("10.{}.{number}.1", 64 + pid % 128)
+            }
+        }
+    }
+
+    impl Drop for Network {
+        fn drop(&mut self) {
+            // The cable goes with its end.
+            let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
+        }
+    }
+
+    fn ip(words: &str) {
+        let status = Command::new("ip").args(words.split(' ')).status().expect("starting ip");
+        assert!(status.success(), "ip {words}: {status}");
+    }
+
+    fn pair(network: &Network, case: &str, family: &str, rounds: u32) -> Pair {
+        let workload = |case: &str| {
+            Workload::new("tcp.py", case)
+                .env("E2E_FAMILY", family)
+                .env("E2E_ROUNDS", &rounds.to_string())
+                .env("E2E_ADDRESS", &network.address(family))
+        };
+        let mut program = workload(case).start();
+        let mut peer = workload(&format!("{case}_peer")).arg(number(&program, "port").to_string());
+        let inside = ["ip", "netns", "exec", &network.name];
+        peer.command.splice(0..0, inside.map(std::ffi::OsString::from));
+        let peer = peer.start();
+        program.next();
+        Pair { program, peer }
+    }
+
+    fn stream(number: u8, family: &str) {
+        let network = Network::new(number);
+        let row = kept(&Row::ours(e2e::Survey::Proc));
+        let mut pair = pair(&network, "stream", family, cycles());
+        for _ in 0..cycles() {
+            move_once(&row, &pair.program);
+            pair.program.next();
+        }
+        pair.finish();
+    }
+
+    fn states(number: u8, family: &str) {
+        let network = Network::new(number);
+        for case in ["close_wait", "fin_wait2", "closed", "reset", "stuffed"] {
+            let pair = pair(&network, case, family, 1);
+            move_once(&kept(&Row::ours(e2e::Survey::Proc)), &pair.program);
+            pair.finish();
+        }
+    }
+
+    #[test]
+    fn stream_v4() {
+        stream(1, "v4");
+    }
+
+    #[test]
+    fn stream_v6() {
+        stream(2, "v6");
+    }
+
+    #[test]
+    fn stream_mapped() {
+        stream(3, "mapped");
+    }
+
+    #[test]
+    fn states_v4() {
+        states(4, "v4");
+    }
+
+    #[test]
+    fn states_v6() {
+        states(5, "v6");
+    }
 }
 
 /// The engine is killed at random moments: the connection lives on, in the program that was to be dumped or in the one

@@ -9,6 +9,7 @@ workload_rows! { "tree.py";
     sessions_and_groups
     group_without_leader
     session_without_leader
+    own_exit_signal
     zombies
     zombie_in_group
     subreaper

@@ -2,11 +2,12 @@
 
 import ctypes
 import hashlib
+import mmap
 import os
 import re
 import signal
 
-from lib import PAGE, Child, call, case, check, equal, libc, main, path
+from lib import PAGE, Child, call, case, check, equal, libc, main, path, syscall
 
 libc.mmap.restype = ctypes.c_void_p
 libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -411,10 +412,24 @@ def locked():
     call("mlock2", at + 8 * PAGE, 4 * PAGE, 1)
     yield
     equal("lo" in area(at)["VmFlags"], True, "locked")
-    equal("lo" in area(at + 8 * PAGE)["VmFlags"], True, "locked on fault")
+    equal("lo" in area(at + 8 * PAGE)["VmFlags"], True, "locked too")
+    equal("lf" in area(at + 8 * PAGE)["VmFlags"], True, "locked on fault")
+    equal(kb(area(at + 8 * PAGE)["Locked"]), 0, "kB locked that nobody has touched")
     equal("lo" in area(at + 6 * PAGE)["VmFlags"], False, "the rest is locked")
     equal(get(at, 4 * PAGE), pattern(4 * PAGE), "content")
     equal(kb(area(at)["Locked"]), 16, "kB locked")
+
+
+@case
+def secret():
+    """Memory that the kernel itself cannot read."""
+    number = 447  # memfd_secret
+    fd = syscall(number, 0)
+    os.ftruncate(fd, PAGE)
+    held = mmap.mmap(fd, PAGE)
+    held[0:3] = b"key"
+    yield
+    equal(held[0:3], b"key", "the secret")
 
 
 @case

@@ -14,9 +14,11 @@ import sys
 import threading
 import time
 
-from lib import case, check, equal, main, path, wait_for
+from lib import case, check, equal, log, main, path, wait_for
 
 FAMILY = os.environ.get("E2E_FAMILY", "v4")
+# Where the program listens, as its peer sees it.
+ADDRESS = os.environ.get("E2E_ADDRESS", "::1" if FAMILY == "v6" else "127.0.0.1")
 ROUNDS = int(os.environ.get("E2E_ROUNDS", "1"))
 ESTABLISHED, SYN_SENT, FIN_WAIT1, FIN_WAIT2, CLOSE, CLOSE_WAIT, LAST_ACK, CLOSING = 1, 2, 4, 5, 7, 8, 9, 11
 
@@ -43,7 +45,8 @@ def same(data, start, what):
 
 def listener():
     """The program's listening socket."""
-    family, address = {"v4": (socket.AF_INET, "127.0.0.1"), "v6": (socket.AF_INET6, "::1"), "mapped": (socket.AF_INET6, "::")}[FAMILY]
+    family = socket.AF_INET if FAMILY == "v4" else socket.AF_INET6
+    address = "::" if FAMILY == "mapped" else ADDRESS
     sock = socket.socket(family)
     if FAMILY == "mapped":
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -77,7 +80,7 @@ def call(**options):
     for name, value in options.items():
         sock.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
     sock.settimeout(60)
-    sock.connect(("::1" if FAMILY == "v6" else "127.0.0.1", int(sys.argv[2])))
+    sock.connect((ADDRESS, int(sys.argv[2])))
     return sock
 
 
@@ -613,6 +616,27 @@ def full():
     equal(end.recv(100), b"here I am", "what the program says")
 
 
+class Clock(threading.Thread):
+    """Looks at the time over and over, and knows the longest time between two looks."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.longest, self.stop = 0, False
+        self.start()
+
+    def run(self):
+        last = time.time_ns()
+        while not self.stop:
+            time.sleep(0.0005)
+            now = time.time_ns()
+            self.longest, last = max(self.longest, now - last), now
+
+    def end(self):
+        self.stop = True
+        self.join()
+        return self.longest
+
+
 @case
 def many():
     """As many connections as `E2E_CONNECTIONS` says."""
@@ -622,6 +646,9 @@ def many():
     announce(sock.getsockname()[1])
     yield
     ends = [sock.accept()[0] for _ in range(number)]
+    clock = Clock()
+    yield
+    log(f"gap {clock.end()}")
     yield
     for end in ends:
         end.sendall(b"one")

@@ -5,7 +5,7 @@ import os
 import signal
 import time
 
-from lib import Child, call, case, check, equal, main, path, touch, wait_for
+from lib import Child, call, case, check, equal, main, path, syscall, touch, wait_for
 
 PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
 
@@ -103,6 +103,21 @@ def session_without_leader():
     equal(place(pid)[1:], (outer, outer), "the daemon's group and session")
     touch("told")
     equal(os.waitpid(pid, 0)[1], 0, "the daemon's status")
+
+
+@case
+def own_exit_signal():
+    """A child whose end is told by another signal than SIGCHLD, as clone(2) allows."""
+    signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+    heard = []
+    pid = syscall(56, signal.SIGUSR1, 0, 0, 0, 0)  # clone: a fork with that signal
+    if pid == 0:
+        wait_for(lambda: os.path.exists(path("told")), "the word to end")
+        os._exit(4)
+    yield
+    touch("told")
+    wait_for(lambda: heard, "the signal of its end")
+    equal(os.waitpid(pid, 0x40000000)[1], 4 << 8, "its status")  # __WALL
 
 
 @case

@@ -7,6 +7,7 @@ use crate::dump::DumpError;
 use crate::image::ImageError;
 use crate::kernel::SysError;
 use crate::kernel::ebpf::EbpfError;
+use crate::object::ObjectError;
 use crate::restore::RestoreError;
 
 /// Why a command failed.
@@ -21,6 +22,9 @@ pub(super) enum CliError {
     /// There are no images.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// An object cannot be looked at.
+    #[error(transparent)]
+    Object(#[from] ObjectError),
     /// A call failed.
     #[error(transparent)]
     Sys(#[from] SysError),

@@ -12,6 +12,7 @@ mod progress;
 mod restore;
 mod scripts;
 mod status;
+mod tcp;
 mod watcher;
 
 use std::io::Write;
@@ -39,6 +40,8 @@ enum Command {
     Check(check::CheckArgs),
     /// Show or open the gates that hold connections of dumped trees
     Gate(gate::GateArgs),
+    /// Show the TCP connections of a tree or of images, and whether they would be carried over
+    Tcp(tcp::TcpArgs),
     /// Write shell completions and manual pages into DIR/completions and DIR/man
     #[command(hide = true)]
     Documents(documents::DocumentsArgs),
@@ -65,6 +68,7 @@ pub fn main() -> ExitCode {
         Command::Restore(args) => restore::run(*args),
         Command::Check(args) => check::run(args),
         Command::Gate(args) => gate::run(args),
+        Command::Tcp(args) => tcp::run(args),
         Command::Documents(args) => documents::run(&args),
     };
     outcome.unwrap_or_else(|err| {

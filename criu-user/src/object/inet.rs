@@ -145,7 +145,7 @@ fn ip_options(seen: &Seen) -> Result<IpOptsEntry, ObjectError> {
 }
 
 /// Both addresses, words as they stand in memory.
-fn addresses(file: &OwnedFd, entry: &mut InetSkEntry) -> Result<(), ObjectError> {
+pub(super) fn addresses(file: &OwnedFd, entry: &mut InetSkEntry) -> Result<(), ObjectError> {
     let own = socket::own_name(file)?;
     let peer = socket::peer_name(file)?.unwrap_or_default();
     let v6 = entry.family as i32 == libc::AF_INET6;

@@ -3,6 +3,7 @@
 use std::os::fd::AsFd;
 
 use nix::sys::stat::SFlag;
+use nix::sys::statfs::{FsType, fstatfs};
 
 use super::Refusal;
 use super::file::Seen;
@@ -50,9 +51,12 @@ const KNOWN: &[(&str, &str, &str)] = &[
 /// The name of every memfd_secret(2), which looks like a path (mm/secretmem.c).
 const SECRET: &str = "/secretmem";
 
-/// Whether a description is one of memfd_secret(2): a file without links on a file system that nobody can mount.
+/// SECRETMEM_MAGIC of include/uapi/linux/magic.h.
+const SECRETMEM_MAGIC: FsType = FsType(0x5345_434d);
+
+/// Whether a description is one of memfd_secret(2).
 pub fn is_secret_memory(seen: &Seen) -> bool {
-    seen.stat.st_nlink == 0 && seen.link_text().trim_end_matches(" (deleted)") == SECRET && seen.stat.st_blocks == 0
+    seen.link.starts_with(SECRET) && fstatfs(&seen.file).is_ok_and(|fs| fs.filesystem_type() == SECRETMEM_MAGIC)
 }
 
 /// Families of sockets that have no kind of their own, by the numbers of socket(2).
@@ -106,7 +110,8 @@ pub fn mapping(vma: &Vma) -> Option<(String, &'static str)> {
     if name.starts_with("/[aio]") {
         return Some(("the ring of a context of asynchronous I/O (io_setup)".to_owned(), AIO));
     }
-    if !name.starts_with("anon_inode:") && !name.starts_with("/dmabuf:") {
+    let secret = name == format!("{SECRET} (deleted)");
+    if !name.starts_with("anon_inode:") && !name.starts_with("/dmabuf:") && !secret {
         return None;
     }
     let known = KNOWN.iter().find(|(start, ..)| name.starts_with(start));

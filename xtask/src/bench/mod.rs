@@ -10,6 +10,7 @@
 
 mod report;
 mod sample;
+mod tcp;
 
 use std::{env, path::PathBuf, process::Command};
 
@@ -67,9 +68,13 @@ struct Plan {
 
 /// `cargo xtask bench`.
 pub fn run(args: &[String]) -> Result<()> {
-    let plan = Plan::parse(args)?;
+    let tcp = args.first().is_some_and(|arg| arg == "tcp");
+    let plan = Plan::parse(if tcp { &[] } else { args })?;
     if env::var_os(INSIDE).is_none() {
         return enter_namespace(args);
+    }
+    if tcp {
+        return tcp::run(&args[1..]);
     }
     let peer = match &plan.peer {
         Some(path) => path.clone(),

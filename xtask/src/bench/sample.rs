@@ -48,8 +48,10 @@ impl fmt::Display for Sample {
 }
 
 /// One call of an engine.
-struct Call {
-    took: Duration,
+#[derive(Clone, Copy, Debug)]
+pub struct Call {
+    /// How long it took.
+    pub took: Duration,
     peak_kib: u64,
 }
 
@@ -70,9 +72,14 @@ impl Contender {
 
     /// One round. What the harness reports by a panic becomes an error here.
     pub fn measure(&self, row: &Row) -> Result<Sample> {
+        self.guarded(|| self.round(row))
+    }
+
+    /// Runs a round of whatever kind, and makes an error of its panic.
+    pub fn guarded<T>(&self, round: impl FnOnce() -> Result<T>) -> Result<T> {
         let hook = std::panic::take_hook();
         std::panic::set_hook(Box::new(|_| {}));
-        let result = catch_unwind(AssertUnwindSafe(|| self.round(row)));
+        let result = catch_unwind(AssertUnwindSafe(round));
         std::panic::set_hook(hook);
         result.unwrap_or_else(|panic| Err(anyhow!(first_line(&*panic))))
     }
@@ -92,7 +99,7 @@ impl Contender {
         let dump = self.dump(&program, &images, &[])?;
         program.expect_gone(&tree);
         let image_bytes = size_of(&images)?;
-        let restore = self.restore(&images)?;
+        let restore = self.restore(&images, &[])?;
         ensure!(proc::exists(program.pid()), "restored, but pid {} is not there", program.pid());
         program.finish();
         Ok(Sample {
@@ -105,14 +112,16 @@ impl Contender {
         })
     }
 
-    fn dump(&self, program: &Program, images: &Path, words: &[&str]) -> Result<Call> {
+    /// Dumps a program.
+    pub fn dump(&self, program: &Program, images: &Path, words: &[&str]) -> Result<Call> {
         fs::create_dir_all(images).with_context(|| format!("creating {}", images.display()))?;
         let pid = program.pid().to_string();
         self.call(images, "dump.log", ["dump", "-t", &pid].iter().chain(words))
     }
 
-    fn restore(&self, images: &Path) -> Result<Call> {
-        self.call(images, "restore.log", ["restore", "-d"].iter())
+    /// Restores it, detached.
+    pub fn restore(&self, images: &Path, words: &[&str]) -> Result<Call> {
+        self.call(images, "restore.log", ["restore", "-d"].iter().chain(words))
     }
 
     /// Runs the engine as its users do, with the log at its default level.
@@ -164,7 +173,7 @@ fn first_line(panic: &(dyn Any + Send)) -> String {
 }
 
 /// What the program says of the longest time between two of its looks at the clock.
-fn gap(program: &Program) -> Result<Duration> {
+pub fn gap(program: &Program) -> Result<Duration> {
     let log = program.log();
     let nanoseconds = log.lines().find_map(|line| line.strip_prefix("gap ")).context("the program logged no gap")?;
     Ok(Duration::from_nanos(nanoseconds.parse()?))

@@ -85,8 +85,11 @@ impl Gate {
                 if self.links.iter().any(|(known, _)| *known == name) {
                     continue;
                 }
-                let link =
-                    links::attach(program.as_fd(), index, way).map_err(failed(format!("the interface {interface}")))?;
+                let link = match links::attach(program.as_fd(), index, way) {
+                    // It has gone meanwhile.
+                    Err((_, e)) if e.raw_os_error() == Some(libc::ENODEV) => continue,
+                    other => other.map_err(failed(format!("the interface {interface}")))?,
+                };
                 self.links.push((name, link));
                 new = true;
             }

@@ -1,5 +1,7 @@
 //! TCP sockets at the dump: what they are, and whether they can be carried over.
 
+use std::os::fd::OwnedFd;
+
 use nix::poll::PollFlags;
 
 use super::{Ends, Hold, options};
@@ -43,7 +45,7 @@ pub fn capture(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry) -> Re
         listening(seen, cx, entry, &info);
     } else if !cx.options.tcp_close && is_connection(entry) {
         connection(seen, cx, entry)?;
-    } else if cx.options.tcp_established && was_connected(seen, &info)? {
+    } else if cx.options.tcp_established && closed_was_connected(&seen.file, &info)? {
         cx.shelf.get::<Hold>().add(seen, Ends::of(entry, 0))?;
     }
     Ok(())
@@ -61,8 +63,8 @@ fn listening(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry, info: &
 
 /// A closed socket is a connection that has come to its end, with all that this means to a reader, or never was one: then
 /// there never was a window of a peer's.
-fn was_connected(seen: &Seen, info: &Info) -> Result<bool, ObjectError> {
-    Ok(info.snd_wnd != 0 && tcp::has_end(&seen.file)?)
+pub fn closed_was_connected(file: &OwnedFd, info: &Info) -> Result<bool, ObjectError> {
+    Ok(info.snd_wnd != 0 && tcp::has_end(file)?)
 }
 
 /// A connection is held to be read when all are known, or refused.
@@ -74,7 +76,7 @@ fn connection(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry) -> Res
     }
     let ends = Ends::of(entry, 0);
     let refused = if cx.options.tcp_established {
-        unsupported(seen, entry, diag)?.map(|what| {
+        unsupported(&seen.file, entry, diag)?.map(|what| {
             (
                 format!("TCP connection {ends} {what}"),
                 "close it, or give --tcp-close to have it restored as a closed socket",
@@ -95,7 +97,7 @@ fn connection(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry) -> Res
 
 /// What of a connection the kernel does not let go.
 pub fn unsupported(
-    seen: &Seen,
+    file: &OwnedFd,
     entry: &InetSkEntry,
     diag: Option<TcpSocket>,
 ) -> Result<Option<&'static str>, ObjectError> {
@@ -105,16 +107,16 @@ pub fn unsupported(
     if diag.is_some_and(|socket| socket.signed) {
         return Ok(Some("has its packets signed (TCP MD5), and the kernel keeps the keys to itself"));
     }
-    if socket::option(&seen.file, libc::SOL_TCP, TCP_AO_INFO, 256).is_ok() {
+    if socket::option(file, libc::SOL_TCP, TCP_AO_INFO, 256).is_ok() {
         return Ok(Some("has its packets signed (TCP-AO), and the kernel keeps the keys to itself"));
     }
     if diag.is_some_and(|socket| socket.has_upper_layer) {
         return Ok(Some("is encrypted by the kernel (TLS, or another upper layer)"));
     }
-    if fd::poll_now(&seen.file, PollFlags::POLLPRI)?.contains(PollFlags::POLLPRI) {
+    if fd::poll_now(file, PollFlags::POLLPRI)?.contains(PollFlags::POLLPRI) {
         return Ok(Some("has urgent data that was not read yet"));
     }
-    if entry.state == SYN_SENT && tcp::lengths(&seen.file)?.unacknowledged > 0 {
+    if entry.state == SYN_SENT && tcp::lengths(file)?.unacknowledged > 0 {
         return Ok(Some("has sent data with its first packet (TCP Fast Open), which was not answered yet"));
     }
     Ok(None)

@@ -149,7 +149,7 @@ impl Hold {
     }
 
     /// Has the sockets end without a word to anybody, when the tree is gone.
-    pub fn silence(self) {
+    pub fn silence(&self) {
         for socket in &self.sockets {
             if let Err(err) = set_repair(&socket.file, Repair::On) {
                 tracing::warn!(ends = %socket.ends, %err, "a socket may leave something behind");

@@ -34,6 +34,7 @@ pub mod read;
 pub mod rebuild;
 pub mod revive;
 pub mod state;
+pub mod table;
 
 pub use course::{Course, Segment, Step};
 pub use ends::Ends;
