@@ -71,6 +71,13 @@ pub fn build_only() -> Result<()> {
     bpf_linker()
 }
 
+/// What `cargo xtask test` needs.
+pub fn for_tests() -> Result<()> {
+    install(&[FOR_BUILD, FOR_TESTS].concat())?;
+    bpf_toolchain()?;
+    bpf_linker()
+}
+
 fn has_rustup() -> bool {
     find("rustup").is_some()
 }

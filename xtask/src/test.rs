@@ -7,8 +7,9 @@ use crate::process::{cargo, engine, run as run_command};
 /// One line for the list of tasks.
 pub const ABOUT: &str = "unit tests, then end-to-end tests (as root); arguments go to the latter's runner";
 
-/// Builds the release engine first: the end-to-end tests drive that binary.
+/// Installs what is missing, and builds the release engine first: the end-to-end tests drive that binary.
 pub fn run(args: &[String]) -> Result<()> {
+    crate::setup::for_tests()?;
     crate::build::run(&[])?;
     // Images are exchanged with CRIU, both ways.
     crate::peer::ensure_peer()?;
