@@ -188,8 +188,9 @@ fn release(
     mut hold: Hold,
 ) -> Result<Duration, DumpError> {
     let mut inventory = inventory(&frozen)?;
-    if options.release == Release::Kill {
-        hold.describe(&mut inventory);
+    hold.describe(&mut inventory);
+    if options.release != Release::Kill {
+        inventory.gate = None;
     }
     let commit = |hold: &Hold| -> Result<(), DumpError> {
         let begin = Instant::now();
@@ -215,17 +216,19 @@ fn release(
         hold.silence();
         lasted
     } else {
+        // The gate opens, and the sockets are as they were.
         hold.unlock();
-        frozen.release(options.release)
+        let lasted = frozen.release(options.release);
+        if !first {
+            commit(&hold)?;
+        }
+        lasted
     };
     info!(frozen = ?lasted, "the tree {}", match options.release {
         Release::Kill => "is killed",
         Release::Stop => "is left stopped",
         Release::Resume => "runs on",
     });
-    if !first {
-        commit(&hold)?;
-    }
     Ok(lasted)
 }
 

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::unistd::Pid;
@@ -171,9 +172,17 @@ fn execute_blocked(
     outcome.map(|()| root)
 }
 
+/// How long an ended process may take to be noted by its parent; init is slow at it.
+const LATE: Duration = Duration::from_secs(2);
+
 fn refuse_taken_pids(plan: &Plan) -> Result<(), ExecuteError> {
+    let begin = Instant::now();
     for task in &plan.tasks {
-        if let Ok(stat) = crate::kernel::proc::stat(task.tid, None) {
+        let holder = || crate::kernel::proc::stat(task.tid, None);
+        while begin.elapsed() < LATE && holder().is_ok_and(|stat| stat.state == 'Z') {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        if let Ok(stat) = holder() {
             let (pid, parent) = (task.tid.as_raw(), stat.ppid.as_raw());
             return Err(match stat.state {
                 'Z' => ExecuteError::PidOfZombie { pid, parent, comm: stat.comm },

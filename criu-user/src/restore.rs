@@ -238,7 +238,7 @@ fn plan_process(
     let missing = || ObjectError::contradiction(format!("core-{}.img has no process part", process.entry.pid));
     let core = process.core.tc.as_ref().ok_or_else(missing)?;
     memory::plan(cx, task, &process.mm)?;
-    let table = read_table(cx.dir, process.ids.files_id)?;
+    let table = read_table(cx, process.ids.files_id)?;
     cx.descriptors(task, &table)?;
     fs::plan(cx, task, &process.fs)?;
     task::plan_process(cx, task, core, &process.mm)?;

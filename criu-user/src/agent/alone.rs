@@ -24,6 +24,7 @@ const STEPS: &[Step] = &[
     step("mmap", libc::SYS_mmap, [0, super::guest::AREA as u64, 3, 1, 0, 0], Verdict::Fails),
     step("socketpair", libc::SYS_socketpair, [1, 0x80005, 0, 0, 0, 0], Verdict::Fails),
     step("read", libc::SYS_read, [0, 0, 16, 0, 0, 0], Verdict::Fails),
+    step("sendto", libc::SYS_sendto, [0, 0, 16, 0x4000, 0, 0], Verdict::Fails),
     step("sched_yield", libc::SYS_sched_yield, [0; 6], Verdict::Fails),
     step("close", libc::SYS_close, [0; 6], Verdict::Allowed),
     step("munmap", libc::SYS_munmap, [0, super::guest::AREA as u64, 0, 0, 0, 0], Verdict::Allowed),

@@ -283,8 +283,11 @@ criu_guest_socketpair_done:             // the engine takes the far end and the 
 93: mov eax, 3                          // close(socket)
     mov edi, r13d
     syscall
+    mov ebp, 0x400000
 92: cmp dword ptr [r12 + 32], 0         // a further thread still uses the area: wait for it
     je 95f
+    dec ebp                             // but not for ever: it may never have been sent
+    jz 97f
     mov eax, 24                         // sched_yield
     syscall
     jmp 92b

@@ -118,12 +118,16 @@ impl<'a> Guest<'a> {
                 return Err(AgentError::NoRoom { pid: pid.as_raw(), area: AREA, errno });
             }
         };
-        let memfd = pidfd.get(regs.r14 as i32)?;
         let area_there = regs.r12;
-        let ends = memory.read(area_there, 8)?;
-        let far_end = i32::from_le_bytes([ends[4], ends[5], ends[6], ends[7]]);
-        let socket = pidfd.get(far_end)?;
-        let area = SharedMap::new(&memfd, AREA)?;
+        let taken = take(pidfd, memory, area_there, regs.r14 as i32);
+        let (socket, area) = match taken {
+            Ok(taken) => taken,
+            Err(err) => {
+                // Nobody holds the far end: at the end of file it goes home.
+                run_home(&thread, home)?;
+                return Err(err);
+            }
+        };
         ptrace::cont(thread.tid, 0)?;
         Ok(Self { pid, thread, memory, code, layout, socket: Some(socket), area, area_there, lent: None, home: false })
     }
@@ -204,10 +208,12 @@ impl<'a> Guest<'a> {
         self.area.write_u64(THREAD_AREA + 16, batch.len() as u64);
         self.area.write_u64(THREAD_AREA + 24, HEADER as u64);
         self.area.write_u64(THREAD_AREA + 40, THREAD_AREA as u64);
-        self.area.write_u64(32, 1);
         let home = Home::new(&regs::resumable(&thread.regs, thread.signal_waits), thread.sigmask).bytes();
         self.memory.write(self.code + self.layout.area as u64, &there.to_le_bytes())?;
         self.memory.write(self.code + self.layout.thread_home_data as u64, &home)?;
+        // From here on the first thread leaves the area to this one, for a while: should we die before it is sent, the
+        // first goes home in the end, and the area stays.
+        self.area.write_u64(32, 1);
         send_to(thread, self.code + self.layout.thread_entry as u64)?;
         run_home(thread, self.code + self.layout.thread_home as u64)?;
         let left = self.area.read_u64(THREAD_AREA + 16) as usize;
@@ -279,6 +285,19 @@ impl Drop for Guest<'_> {
             tracing::debug!(pid = self.pid.as_raw(), %err, "the agent found its way home by itself");
         }
     }
+}
+
+/// Takes the far end of the guest's socket, and maps the area, of whose file it says the number.
+fn take(
+    pidfd: &PidFd,
+    memory: &ProcessMemory,
+    area_there: u64,
+    memfd: i32,
+) -> Result<(OwnedFd, SharedMap), AgentError> {
+    let memfd = pidfd.get(memfd)?;
+    let ends = memory.read(area_there, 8)?;
+    let far_end = i32::from_le_bytes([ends[4], ends[5], ends[6], ends[7]]);
+    Ok((pidfd.get(far_end)?, SharedMap::new(&memfd, AREA)?))
 }
 
 /// Points a stopped thread at the code. If the engine dies between the two calls, a signal may still be delivered on

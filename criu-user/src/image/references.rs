@@ -123,14 +123,14 @@ fn member(entry: &FileEntry, kind: FdTypes) -> Option<u32> {
 }
 
 /// A descriptor table: every number once, every description there and of the type said.
-pub fn descriptors(file: &Path, table: &[FdinfoEntry], files: &Descriptions<'_>) -> Result<(), ImageError> {
+pub fn descriptors(file: &Path, table: &[FdinfoEntry], type_of: impl Fn(u32) -> Option<i32>) -> Result<(), ImageError> {
     let mut numbers = HashSet::with_capacity(table.len());
     for FdinfoEntry { id, fd, r#type, .. } in table {
         if i32::try_from(*fd).is_err() || !numbers.insert(*fd) {
             return wrong(file, format!("descriptor {fd} is there twice, or no descriptor"));
         }
-        match files.get(id) {
-            Some(entry) if entry.r#type == *r#type => {}
+        match type_of(*id) {
+            Some(known) if known == *r#type => {}
             Some(_) => return wrong(file, format!("descriptor {fd} is of another type than its description {id}")),
             None => return wrong(file, format!("descriptor {fd} is of description {id}, which is nowhere")),
         }
@@ -219,7 +219,7 @@ pub fn dump(dir: &ImageDir) -> Result<usize, ImageError> {
     let files: Vec<FileEntry> = dir.read_all(ImageKind::Files)?;
     let files = descriptions(&dir.path_of(ImageKind::Files), &files)?;
     for &name in names.iter().filter(|name| name.kind == ImageKind::Fdinfo) {
-        descriptors(&path(name), &dir.read_all(name)?, &files)?;
+        descriptors(&path(name), &dir.read_all(name)?, |id| files.get(&id).map(|file| file.r#type))?;
     }
     let seccomp: SeccompEntry = dir.read_optional(ImageKind::Seccomp)?.unwrap_or_default();
     filters(&dir.path_of(ImageKind::Seccomp), &seccomp)?;

@@ -92,19 +92,27 @@ pub struct PageMap {
     file: File,
     pid: Pid,
     vector: Vec<Region>,
+    /// Kinds that this kernel knows.
+    known: PageKind,
 }
 
 impl PageMap {
     /// Opens `/proc/PID/pagemap`.
     pub fn open(pid: Pid) -> SysResult<Self> {
         let path = format!("/proc/{pid}/pagemap");
-        Ok(Self { file: File::open(&path).during("open", &path)?, pid, vector: vec![Region::default(); VECTOR] })
+        Ok(Self {
+            file: File::open(&path).during("open", &path)?,
+            pid,
+            vector: vec![Region::default(); VECTOR],
+            known: PageKind::all(),
+        })
     }
 
     /// The runs of pages between `start` and `end` that match, ascending, appended to `found`.
     pub fn scan(&mut self, start: u64, end: u64, query: Query, found: &mut Vec<Region>) -> SysResult<()> {
         let mut at = start;
         while at < end {
+            let any = query.any & self.known;
             let mut arg = ScanArg {
                 size: size_of::<ScanArg>() as u64,
                 start: at,
@@ -113,12 +121,17 @@ impl PageMap {
                 vec_len: VECTOR as u64,
                 category_inverted: query.inverted.bits(),
                 category_mask: query.all.bits(),
-                category_anyof_mask: query.any.bits(),
-                return_mask: query.report.bits(),
+                category_anyof_mask: any.bits(),
+                return_mask: (query.report & self.known).bits(),
                 ..ScanArg::default()
             };
             // SAFETY: `arg` and the vector live for the call; the vector holds `vec_len` regions.
             let n = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN as _, &raw mut arg) };
+            if Errno::result(n) == Err(Errno::EINVAL) && self.known.contains(PageKind::GUARD) {
+                // Before Linux 6.15 there is no such kind.
+                self.known.remove(PageKind::GUARD);
+                continue;
+            }
             let n = Errno::result(n)
                 .map_err(|e| SysError::new("ioctl PAGEMAP_SCAN", format!("pid {}, {at:#x}-{end:#x}", self.pid), e))?
                 as usize;

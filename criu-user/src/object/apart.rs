@@ -2,7 +2,6 @@
 //! all live in the engine's namespaces (clocks excepted), each process has an address space, descriptors, directories
 //! and signal actions of its own, and its threads share them. A tree that is otherwise is refused.
 
-use std::fs;
 use std::path::PathBuf;
 
 use nix::unistd::Pid;
@@ -11,7 +10,6 @@ use super::Refusal;
 use super::file::Capture;
 use crate::freeze::{Frozen, FrozenProcess};
 use crate::kernel::SysResult;
-use crate::kernel::error::During;
 use crate::kernel::proc::{self, Shown};
 use crate::kernel::sys::{Compare, kcmp};
 
@@ -83,14 +81,12 @@ fn foreign_namespaces(pid: Pid, own: &[SysResult<PathBuf>; 8]) -> SysResult<Vec<
 fn refuse_threads(cx: &mut Capture<'_>, process: &FrozenProcess) -> SysResult<()> {
     let pid = process.pid;
     let Some(first) = process.threads.first() else { return Ok(()) };
-    let of = |tid: Pid, kind: &str| {
-        let path = format!("/proc/{pid}/task/{tid}/ns/{kind}");
-        fs::read_link(&path).during("readlink", &path)
-    };
+    let of = |tid: Pid, kind: &str| namespace(&format!("{pid}/task/{tid}"), kind);
+    let common = BY_THREAD.map(|(file, _)| of(first.tid(), file));
     for thread in &process.threads[1..] {
         let tid = thread.tid();
-        for (file, name) in BY_THREAD {
-            if of(tid, file)? != of(first.tid(), file)? {
+        for ((file, name), common) in BY_THREAD.iter().zip(&common) {
+            if common.as_ref().is_ok_and(|common| of(tid, file).is_ok_and(|own| own != *common)) {
                 let what = format!("its thread {tid} is in a {name} namespace of its own");
                 cx.refuse(refusal(pid, what, "let the thread end, or come back (setns)"));
             }

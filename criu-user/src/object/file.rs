@@ -16,7 +16,7 @@ use tracing::debug;
 use super::{KINDS, ObjectError, Refusal, locks, unsupported};
 use crate::call;
 use crate::image::proto::{FdTypes, FdinfoEntry, FileEntry, FownEntry};
-use crate::image::{ImageDir, ImageKind};
+use crate::image::{ImageDir, ImageKind, references};
 use crate::kernel::proc::KeyValues;
 use crate::kernel::survey::Descriptor;
 use crate::kernel::sys::{Compare, kcmp};
@@ -519,6 +519,9 @@ impl Deed for SetOwner {
 }
 
 /// Reads the descriptor table of a process.
-pub fn read_table(dir: &ImageDir, files_id: u32) -> Result<Vec<FdinfoEntry>, ObjectError> {
-    Ok(dir.read_all(ImageKind::Fdinfo.id(files_id.into()))?)
+pub fn read_table(cx: &Planner<'_>, files_id: u32) -> Result<Vec<FdinfoEntry>, ObjectError> {
+    let name = ImageKind::Fdinfo.id(files_id.into());
+    let table = cx.dir.read_all(name)?;
+    references::descriptors(&cx.dir.path_of(name), &table, |id| cx.files.get(&id).map(|file| file.r#type))?;
+    Ok(table)
 }

@@ -15,7 +15,7 @@ use nix::sys::statfs::{self, FsType};
 use super::file::{Capture, FileKind, Planner, Seen};
 use super::ghost::{self, Held};
 use super::outside::{self, Name};
-use super::{ObjectError, memfd};
+use super::{ObjectError, memfd, unsupported};
 use crate::call;
 use crate::image::proto::{FdTypes, FileEntry, FownEntry, RegFileEntry};
 use crate::kernel::{self, error::During, root::Root};
@@ -58,7 +58,8 @@ impl FileKind for RegFile {
         let kind = seen.file_type();
         let path = seen.link.is_absolute();
         let o_path = seen.flags & libc::O_PATH as u32 != 0;
-        path && (kind == SFlag::S_IFREG || kind == SFlag::S_IFDIR || plain_device(&seen.stat) || o_path)
+        path && !unsupported::is_secret_memory(seen)
+            && (kind == SFlag::S_IFREG || kind == SFlag::S_IFDIR || plain_device(&seen.stat) || o_path)
     }
 
     fn capture(&self, seen: &Seen, cx: &mut Capture<'_>) -> Result<FileEntry, ObjectError> {

@@ -12,16 +12,14 @@ use super::file::{Capture, Planner};
 use super::{ObjectError, Refusal};
 use crate::call;
 use crate::freeze::FrozenThread;
-use crate::image::ImageKind;
 use crate::image::proto::{SeccompEntry, SeccompFilter, SeccompMode, ThreadCoreEntry};
+use crate::image::{ImageKind, references};
 use crate::plan::{Arg, Stage, TaskRef};
 
 const SET_MODE_STRICT: u32 = 0;
 const SET_MODE_FILTER: u32 = 1;
 /// Bytes of a `struct sock_filter`.
 const INSTRUCTION: usize = 8;
-/// Most instructions of one filter: BPF_MAXINSNS.
-const LONGEST: usize = 4096;
 
 /// The filters met so far.
 #[derive(Debug, Default)]
@@ -90,7 +88,9 @@ pub fn plan(cx: &mut Planner<'_>, task: TaskRef, thread: &ThreadCoreEntry) -> Re
         return Ok(());
     }
     if cx.shelf.get::<SeccompEntry>().seccomp_filters.is_empty() {
-        *cx.shelf.get::<SeccompEntry>() = cx.dir.read_one(ImageKind::Seccomp)?;
+        let read: SeccompEntry = cx.dir.read_one(ImageKind::Seccomp)?;
+        references::filters(&cx.dir.path_of(ImageKind::Seccomp), &read)?;
+        *cx.shelf.get::<SeccompEntry>() = read;
     }
     let filters = &cx.shelf.get::<SeccompEntry>().seccomp_filters;
     let mut chain = Vec::new();
@@ -101,12 +101,6 @@ pub fn plan(cx: &mut Planner<'_>, task: TaskRef, thread: &ThreadCoreEntry) -> Re
             ObjectError::contradiction(format!("seccomp.img has no end of the chain of filters at {index}"))
         })?;
         let count = filter.filter.len() / INSTRUCTION;
-        if count == 0 || count > LONGEST || filter.filter.len() % INSTRUCTION != 0 {
-            return Err(ObjectError::contradiction(format!(
-                "seccomp filter {index} has {} bytes",
-                filter.filter.len()
-            )));
-        }
         chain.push((index, filter.flags.unwrap_or(0), count as u16, filter.filter.clone()));
         next = filter.prev;
     }

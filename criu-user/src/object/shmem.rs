@@ -16,10 +16,10 @@ use crate::kernel::survey::{PAGE, VmFlags, Vma, VmaName};
 use crate::kernel::{self, SysError, error::During};
 use crate::plan::{FileRef, Opened, Opener};
 
-use super::ObjectError;
 use super::file::{Capture, Planner};
 use super::memory::Pages;
 use super::sysv;
+use super::{ObjectError, Refusal};
 
 /// An object that an area maps.
 #[derive(Debug, Clone, Copy)]
@@ -54,9 +54,18 @@ pub fn mapped(cx: &mut Capture<'_>, pid: i32, vma: &Vma) -> Result<Option<Mapped
     }
     let kind = if sysv { VmaStatus::SYSVIPC } else { VmaStatus::ANON_SHARED };
     let found = format!("/proc/{pid}/map_files/{:x}-{:x}", vma.start, vma.end);
-    if let Entry::Vacant(slot) = cx.shelf.get::<Objects>().0.entry(vma.ino) {
-        let file = File::open(&found).during("open", &found)?;
-        slot.insert(Object { file, found, is_segment: sysv });
+    match cx.shelf.get::<Objects>().0.entry(vma.ino) {
+        Entry::Vacant(slot) => {
+            let file = File::open(&found).during("open", &found)?;
+            slot.insert(Object { file, found, is_segment: sysv });
+        }
+        // A segment's inode has the segment's id for a number, others count up from one (ipc/shm.c, newseg).
+        Entry::Occupied(known) if known.get().is_segment != sysv => {
+            let what = format!("{found} and {} have the same number {}", known.get().found, vma.ino);
+            let advice = "make the System V segment anew: its id is also the number of another piece of shared memory";
+            cx.refuse(Refusal { pid, fd: None, what, advice: advice.into() });
+        }
+        Entry::Occupied(_) => {}
     }
     Ok(Some(Mapped { id: vma.ino, status: VmaStatus::REGULAR | kind }))
 }

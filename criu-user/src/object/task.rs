@@ -166,6 +166,7 @@ impl ProcessQuestion {
             sigactions: self.actions.answer(raw, out)?,
             signals_s: Some(queue(&process.pending)),
             stop_signo: process.group_stop.map(|s| s as u32),
+            exit_signal: Some(process.stat.exit_signal as u32).filter(|&signal| signal != libc::SIGCHLD as u32),
             ..TaskCoreEntry::default()
         })
     }

@@ -95,10 +95,10 @@ pub fn plan(cx: &mut Planner<'_>, entries: &[PstreeEntry], cores: &HashMap<i32, 
         add_task(cx, &tree, pid, cores)?;
     }
     for &pid in &tree.order {
-        plan_births(cx, &tree, pid)?;
+        plan_births(cx, &tree, pid, cores)?;
     }
     for helper in &tree.helpers {
-        plan_births(cx, &tree, helper.pid)?;
+        plan_births(cx, &tree, helper.pid, cores)?;
         plan_helper(cx, helper);
     }
     plan_groups(cx, &tree)?;
@@ -278,7 +278,12 @@ pub fn clone_call(plan: &crate::plan::Plan, creates: TaskRef, flags: u64, exit_s
     call
 }
 
-fn plan_births(cx: &mut Planner<'_>, tree: &Tree<'_>, pid: i32) -> Result<(), ObjectError> {
+fn plan_births(
+    cx: &mut Planner<'_>,
+    tree: &Tree<'_>,
+    pid: i32,
+    cores: &HashMap<i32, CoreEntry>,
+) -> Result<(), ObjectError> {
     let task = cx.tasks[&pid];
     let leads_session = tree
         .entries
@@ -289,7 +294,7 @@ fn plan_births(cx: &mut Planner<'_>, tree: &Tree<'_>, pid: i32) -> Result<(), Ob
     born.sort_by_key(|(child, _)| *child);
     let (early, late): (Vec<_>, Vec<_>) = born.into_iter().partition(|(_, b)| matches!(b, Birth::Before(_)));
     for (child, birth) in early {
-        push_birth(cx, tree, task, child, birth);
+        push_birth(cx, tree, task, child, birth, exit_signal(cores, child)?);
     }
     if leads_session {
         cx.plan.push(task, Stage::Tree, call!(SYS_setsid(), "a session of its own").giving(pid as u64));
@@ -297,18 +302,28 @@ fn plan_births(cx: &mut Planner<'_>, tree: &Tree<'_>, pid: i32) -> Result<(), Ob
         cx.plan.push(task, Stage::Tree, call!(SYS_setpgid(0u64, 0u64), "a process group of its own"));
     }
     for (child, birth) in late {
-        push_birth(cx, tree, task, child, birth);
+        push_birth(cx, tree, task, child, birth, exit_signal(cores, child)?);
     }
     Ok(())
 }
 
-fn push_birth(cx: &mut Planner<'_>, tree: &Tree<'_>, task: TaskRef, child: i32, birth: Birth) {
+/// What its parent gets at the end of a process. Stand-ins have the usual one.
+fn exit_signal(cores: &HashMap<i32, CoreEntry>, pid: i32) -> Result<u64, ObjectError> {
+    let own = cores.get(&pid).and_then(|core| core.tc.as_ref()).and_then(|tc| tc.exit_signal);
+    match own {
+        None => Ok(libc::SIGCHLD as u64),
+        Some(signal) if signal <= 64 => Ok(signal.into()),
+        Some(signal) => Err(ObjectError::contradiction(format!("process {pid} ends with signal {signal}"))),
+    }
+}
+
+fn push_birth(cx: &mut Planner<'_>, tree: &Tree<'_>, task: TaskRef, child: i32, birth: Birth, exit_signal: u64) {
     let creates = cx.tasks[&child];
     let helper = tree.helpers.iter().any(|h| h.pid == child);
     // Whoever a helper creates with CLONE_PARENT takes its exit signal over, so it has the usual one.
     let (flags, signal) = match birth {
         Birth::Sibling(_) => (libc::CLONE_PARENT as u64, 0),
-        _ => (0, libc::SIGCHLD as u64),
+        _ => (0, exit_signal),
     };
     let what = if helper { "stand-in for a leader that is gone" } else { "child" };
     let call = clone_call(&cx.plan, creates, flags, signal, format!("{what} {child}"));

@@ -36,6 +36,7 @@ const KNOWN: &[(&str, &str, &str)] = &[
     ("anon_inode:[fscontext]", "a file system that is being set up", "finish mounting before the dump"),
     ("/dmabuf:", "a buffer shared with a device", CLOSE),
     ("mqueue:", "a message queue", CLOSE),
+    (SECRET, "memory that the kernel itself cannot read (memfd_secret)", "unmap and close it before the dump"),
     ("net:[", "a network namespace", CLOSE),
     ("mnt:[", "a mount namespace", CLOSE),
     ("pid:[", "a pid namespace", CLOSE),
@@ -45,6 +46,14 @@ const KNOWN: &[(&str, &str, &str)] = &[
     ("cgroup:[", "a cgroup namespace", CLOSE),
     ("time:[", "a time namespace", CLOSE),
 ];
+
+/// The name of every memfd_secret(2), which looks like a path (mm/secretmem.c).
+const SECRET: &str = "/secretmem";
+
+/// Whether a description is one of memfd_secret(2): a file without links on a file system that nobody can mount.
+pub fn is_secret_memory(seen: &Seen) -> bool {
+    seen.stat.st_nlink == 0 && seen.link_text().trim_end_matches(" (deleted)") == SECRET && seen.stat.st_blocks == 0
+}
 
 /// Families of sockets that have no kind of their own, by the numbers of socket(2).
 const FAMILIES: &[(i32, &str, &str)] = &[

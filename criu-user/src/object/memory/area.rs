@@ -94,6 +94,7 @@ fn area(cx: &mut Capture<'_>, pid: i32, vma: &Vma) -> Result<VmaEntry, ObjectErr
         flags: flags as u32,
         fd: -1,
         madv: Some(ADVICE.iter().filter(|(f, _)| vma.flags.contains(*f)).fold(0, |bits, (_, n)| bits | 1 << n)),
+        lock_on_fault: vma.flags.contains(VmFlags::LOCKONFAULT).then_some(true),
         ..VmaEntry::default()
     };
     entry.status = if let Some(kernel) = kernel_area(vma) {

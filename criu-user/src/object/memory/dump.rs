@@ -110,7 +110,12 @@ fn guard(region: &Region) -> VmaEntry {
 /// A process with a limit on file sizes would be killed by SIGXFSZ for our writing.
 fn can_write_itself(pid: i32) -> bool {
     crate::kernel::proc::read_text(&format!("/proc/{pid}/limits"))
-        .is_ok_and(|text| text.lines().any(|l| l.starts_with("Max file size") && l.contains("unlimited")))
+        .is_ok_and(|text| text.lines().any(|line| soft_limit(line, "Max file size") == Some("unlimited")))
+}
+
+/// The first of the two columns of `/proc/PID/limits`.
+fn soft_limit<'a>(line: &'a str, name: &str) -> Option<&'a str> {
+    line.strip_prefix(name)?.split_ascii_whitespace().next()
 }
 
 /// Pages on their way into the image.

@@ -9,6 +9,7 @@ mod dump;
 mod facts;
 mod inherit;
 mod plan;
+mod vdso;
 
 pub use area::areas;
 pub use dump::{Pages, dump_private, estimate};

@@ -15,6 +15,7 @@ use super::super::file::Planner;
 use super::super::{ObjectError, shmem, sysv};
 use super::dump::{CALL_BYTES, IOVECS};
 use super::inherit::{self, Inherited};
+use super::vdso;
 
 /// MADV_GUARD_INSTALL of Linux 6.13.
 const MADV_GUARD_INSTALL: i32 = 102;
@@ -96,6 +97,7 @@ pub fn plan(cx: &mut Planner<'_>, task: TaskRef, mm: &MmEntry) -> Result<(), Obj
     let inherited = inherit::of(cx, task, &space)?;
     let mut work = Work::default();
     for (vma, runs) in &space.areas {
+        vdso::check(cx, pid, vma, runs, &space.pages)?;
         cx.plan.used.push((vma.start, vma.end));
         if let Some(name) = kernel_name(vma) {
             let area = KernelArea { name: name.to_owned(), start: vma.start, len: vma.end - vma.start };
@@ -263,7 +265,8 @@ fn plan_area(
 fn plan_lock(cx: &mut Planner<'_>, task: TaskRef, vma: &VmaEntry) {
     if vma.flags & libc::MAP_LOCKED as u32 != 0 {
         let why = Why::At("lock", vma.start);
-        cx.plan.push(task, Stage::Process, call!(SYS_mlock(vma.start, vma.end - vma.start), why));
+        let how = if vma.lock_on_fault() { libc::MLOCK_ONFAULT } else { 0 };
+        cx.plan.push(task, Stage::Process, call!(SYS_mlock2(vma.start, vma.end - vma.start, how), why));
     }
 }
 
