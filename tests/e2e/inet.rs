@@ -13,11 +13,14 @@ workload_rows! { "inet.py";
     udp_sockets
     udp6_sockets
     udp_unbound
+    udp_queue
 }
 
 rows! {
     /// A connection is not given up unasked.
     established_unasked => |row| row.refused(&Workload::new("inet.py", "tcp_established"), "tcp-established");
+
+    corked_datagram => |row| row.refused(&Workload::new("inet.py", "udp_corked"), "corked");
 
     closed_when_asked => |row| row
         .with(Options::both(&["--tcp-close"]))

@@ -186,6 +186,48 @@ def udp6_sockets():
 
 
 @case
+def udp_queue():
+    """Datagrams that wait: from whom, how long, in which order; also where anybody may send to any address."""
+    server, client = udp(socket.AF_INET, V4)
+    server6, client6 = udp(socket.AF_INET6, V6)
+    anywhere = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    anywhere.bind(("::", 0))
+    parts = [b"first", b"", b"x" * 60000, b"last"]
+    for part in parts:
+        client.send(part)
+        client6.send(part)
+    outside = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    outside.sendto(b"mapped", (V4, anywhere.getsockname()[1]))
+    senders = client.getsockname(), client6.getsockname(), outside.getsockname()
+    server.sendto(b"answer", client.getsockname())
+    yield
+    for sock, sender in ((server, senders[0]), (server6, senders[1])):
+        for part in parts:
+            equal(sock.recvfrom(70000, socket.MSG_DONTWAIT), (part, sender), "a datagram")
+    data, sender = anywhere.recvfrom(100, socket.MSG_DONTWAIT)
+    equal((data, sender[:2]), (b"mapped", ("::ffff:127.0.0.1", senders[2][1])), "a datagram over IPv4")
+    equal(client.recv(100, socket.MSG_DONTWAIT), b"answer", "the answer")
+    for sock in (server, server6, anywhere, client):
+        try:
+            sock.recv(100, socket.MSG_DONTWAIT)
+            check(False, "a datagram too many")
+        except BlockingIOError:
+            pass
+
+
+@case
+def udp_corked():
+    """Half a datagram."""
+    server, client = udp(socket.AF_INET, V4)
+    client.setsockopt(17, 1, 1)
+    client.send(b"one ")
+    yield
+    client.send(b"two")
+    client.setsockopt(17, 1, 0)
+    equal(server.recv(100), b"one two", "the datagram")
+
+
+@case
 def udp_unbound():
     """A UDP socket that has no address yet."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)

@@ -26,8 +26,6 @@ const OPTIONS: &[(&[&str], &str)] = &[
     (&["--tls", "--tls-cacert", "--tls-cacrl", "--tls-cert", "--tls-key", "--tls-no-cn-verify"], NETWORK),
     (&["--daemon"], "there is no service to run in the background"),
     (&["--auto-dedup"], "there are no parent images to take pages from"),
-    (&["--network-lock"], "connections are not kept yet, so there is nothing to lock"),
-    (&["--skip-in-flight"], "connections are not kept yet; --tcp-close gives all of them up"),
     (&["--force-irmap", "--irmap-scan-path"], INOTIFY),
     (&["--cgroup-props", "--cgroup-props-file", "--cgroup-dump-controller", "--cgroup-yard"], CGROUPS),
     (&["--lsm-profile", "--lsm-mount-context"], SECURITY),

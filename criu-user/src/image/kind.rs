@@ -123,6 +123,7 @@ kinds! {
     PipesData        "pipes-data"        No      ".img"    Common  0x5645_3709 Payload "What was in pipes."
     FifoData         "fifo-data"         No      ".img"    Common  0x5933_3054 Payload "What was in FIFOs."
     SkQueues         "sk-queues"         No      ".img"    Common  0x5626_4026 Payload "What was in sockets."
+    UdpQueues        "udp-queues"        No      ".img"    Common  0x5544_5051 Payload "What was in UDP sockets. Ours."
     TcpStream        "tcp-stream-"       Hex     ".img"    Common  0x5146_5506 Payload "A TCP connection, by its socket's inode."
     TtyInfo          "tty-info"          No      ".img"    Common  0x5945_3036 Many    "Terminals."
     TtyData          "tty-data"          No      ".img"    Common  0x5941_3026 Many    "What was typed ahead."

@@ -1,7 +1,7 @@
 //! Internet sockets: TCP and UDP.
 //!
 //! A TCP connection is kept (`--tcp-established`, see [`super::tcp`]), or given up (`--tcp-close`): then it comes back as a
-//! closed socket. What waits in a UDP socket is dropped, as the network might have done.
+//! closed socket. What waits in a UDP socket is kept as well, see [`super::udp`].
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -14,6 +14,7 @@ use super::sockopt::{self, state};
 use super::tcp::ends::sockaddr;
 use super::tcp::revive::Revival;
 use super::tcp::{Ends, Hold, capture, options};
+use super::udp;
 use crate::image::proto::{FdTypes, FileEntry, InetSkEntry, IpOptsEntry};
 use crate::kernel::{SysResult, fd, socket};
 use crate::plan::{Deed, FileRef, Opened, Opener, Stage};
@@ -80,7 +81,9 @@ impl FileKind for Inet {
         addresses(&seen.file, &mut entry)?;
         match entry.r#type as i32 {
             libc::SOCK_STREAM if is_tcp(entry.proto) => capture::capture(seen, cx, &mut entry)?,
-            libc::SOCK_DGRAM if [libc::IPPROTO_UDP, libc::IPPROTO_UDPLITE].contains(&(entry.proto as i32)) => {}
+            libc::SOCK_DGRAM if [libc::IPPROTO_UDP, libc::IPPROTO_UDPLITE].contains(&(entry.proto as i32)) => {
+                udp::capture(seen, cx, &entry)?;
+            }
             other => cx.refuse(seen.refuse(
                 format!("internet socket of type {other} and protocol {}", entry.proto),
                 "close it before the dump: TCP and UDP can be dumped",
@@ -94,6 +97,7 @@ impl FileKind for Inet {
         if !cx.refusals.is_empty() {
             return Ok(());
         }
+        udp::finish(cx)?;
         let mut hold = cx.shelf.take::<Hold>();
         let outcome = hold.read(cx);
         *cx.shelf.get() = hold;
@@ -119,6 +123,9 @@ impl FileKind for Inet {
         match revival {
             Some(revival) => revival.plan(file, cx),
             None => cx.plan.after(Stage::Groups, Reuse { file, address: isk.opts.reuseaddr(), flags: isk.flags }),
+        }
+        if isk.proto as i32 == libc::IPPROTO_UDP {
+            udp::plan(isk, scope(isk), file, cx)?;
         }
         Ok(file)
     }

@@ -36,6 +36,7 @@ pub mod timerfd;
 pub mod timers;
 pub mod tree;
 pub mod tty;
+pub mod udp;
 pub mod unix;
 pub mod unsupported;
 pub mod waits;

@@ -113,12 +113,7 @@ impl Gate {
     pub fn pin(&mut self, name: &str) -> EbpfResult<()> {
         mount_bpffs()?;
         let dir = directory(name);
-        for path in [Path::new(GATES), &dir] {
-            match fs::create_dir(path) {
-                Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => return Err(pinning(path, "mkdir")(e)),
-                _ => {}
-            }
-        }
+        make_directory(&dir)?;
         let pin = |object: &OwnedFd, name: &str| {
             let path = dir.join(name);
             links::pin(object.as_fd(), &path).map_err(failed(path.display().to_string()))
@@ -198,6 +193,23 @@ pub fn pinned() -> EbpfResult<Vec<Pinned>> {
     }
     found.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(found)
+}
+
+/// Makes the directory of a gate, and that of all gates, which whoever opens the last one takes away.
+fn make_directory(dir: &Path) -> EbpfResult<()> {
+    const ATTEMPTS: u32 = 100;
+    let make = |path: &Path| match fs::create_dir(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => Err(e),
+        _ => Ok(()),
+    };
+    for _ in 0..ATTEMPTS {
+        make(Path::new(GATES)).map_err(pinning(Path::new(GATES), "mkdir"))?;
+        match make(dir) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            other => return other.map_err(pinning(dir, "mkdir")),
+        }
+    }
+    Err(pinning(dir, "mkdir")(std::io::ErrorKind::NotFound.into()))
 }
 
 /// Names and numbers of the interfaces that are up: nothing comes through others, and each takes its time.

@@ -93,6 +93,21 @@ pub fn sockaddr(end: SocketAddr) -> Vec<u8> {
     bytes
 }
 
+/// What a `struct sockaddr_in` or `sockaddr_in6` says.
+pub fn address_of(bytes: &[u8]) -> Option<SocketAddr> {
+    let family = i32::from(u16::from_le_bytes(*bytes.first_chunk()?));
+    let port = u16::from_be_bytes(*bytes.get(2..)?.first_chunk()?);
+    match family {
+        libc::AF_INET => Some(SocketAddr::new(IpAddr::from(*bytes.get(4..)?.first_chunk::<4>()?), port)),
+        libc::AF_INET6 => {
+            let address = Ipv6Addr::from(*bytes.get(8..)?.first_chunk::<16>()?);
+            let scope = u32::from_le_bytes(*bytes.get(24..)?.first_chunk()?);
+            Some(SocketAddrV6::new(address, port, 0, scope).into())
+        }
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -105,6 +120,15 @@ mod tests {
         assert_eq!(v6.key(), v4.key());
         assert_eq!(v6.on_the_wire(), v4);
         assert_eq!(Ends::from(v6.key()), v4);
+    }
+
+    #[test]
+    fn addresses_come_back() {
+        for address in ["127.0.0.1:80", "[fd00::1]:4000"] {
+            let address: SocketAddr = address.parse().unwrap();
+            assert_eq!(address_of(&sockaddr(address)), Some(address));
+        }
+        assert_eq!(address_of(&[1, 0, 0]), None);
     }
 
     #[test]

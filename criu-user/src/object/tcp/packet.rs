@@ -1,33 +1,54 @@
-//! The packets with which a connection is put into its state: TCP segments without data, IP header included.
+//! The packets with which sockets are put into their state, IP header included: TCP segments without data, and what
+//! waits in UDP sockets.
 
 use std::net::SocketAddr;
 
-use etherparse::PacketBuilder;
+use etherparse::{IpHeaders, PacketBuilder, PacketBuilderStep};
 
 use super::course::{Flag, Segment};
 use super::ends::Ends;
 use super::read::TcpError;
 
+const TTL: u8 = 64;
+
 /// The bytes of a segment from `ends.local` to `ends.remote`. Timestamps are left out: a receiver takes a packet without
 /// any for one that cannot be old.
 pub fn build(ends: &Ends, segment: &Segment) -> Result<Vec<u8>, TcpError> {
-    const TTL: u8 = 64;
-    let Ends { local, remote } = ends.on_the_wire();
-    let failed = |why: String| TcpError::Packet { from: local, to: remote, why };
-    let ip = match (local, remote) {
-        (SocketAddr::V4(from), SocketAddr::V4(to)) => PacketBuilder::ipv4(from.ip().octets(), to.ip().octets(), TTL),
-        (SocketAddr::V6(from), SocketAddr::V6(to)) => PacketBuilder::ipv6(from.ip().octets(), to.ip().octets(), TTL),
-        _ => return Err(failed("one address is IPv4, the other IPv6".into())),
-    };
-    let mut tcp = ip.tcp(local.port(), remote.port(), segment.seq, segment.window).ack(segment.ack);
+    let ends = ends.on_the_wire();
+    let mut tcp = ip(&ends)?.tcp(ends.local.port(), ends.remote.port(), segment.seq, segment.window).ack(segment.ack);
     tcp = match segment.flag {
         Flag::None => tcp,
         Flag::Fin => tcp.fin(),
         Flag::Reset => tcp.rst(),
     };
     let mut bytes = Vec::with_capacity(tcp.size(0));
-    tcp.write(&mut bytes, &[]).map_err(|e| failed(e.to_string()))?;
+    tcp.write(&mut bytes, &[]).map_err(|e| failed(&ends, e.to_string()))?;
     Ok(bytes)
+}
+
+/// The bytes of a UDP datagram from `ends.local` to `ends.remote`.
+pub fn datagram(ends: &Ends, data: &[u8]) -> Result<Vec<u8>, TcpError> {
+    let ends = ends.on_the_wire();
+    let udp = ip(&ends)?.udp(ends.local.port(), ends.remote.port());
+    let mut bytes = Vec::with_capacity(udp.size(data.len()));
+    udp.write(&mut bytes, data).map_err(|e| failed(&ends, e.to_string()))?;
+    Ok(bytes)
+}
+
+fn ip(ends: &Ends) -> Result<PacketBuilderStep<IpHeaders>, TcpError> {
+    match (ends.local, ends.remote) {
+        (SocketAddr::V4(from), SocketAddr::V4(to)) => {
+            Ok(PacketBuilder::ipv4(from.ip().octets(), to.ip().octets(), TTL))
+        }
+        (SocketAddr::V6(from), SocketAddr::V6(to)) => {
+            Ok(PacketBuilder::ipv6(from.ip().octets(), to.ip().octets(), TTL))
+        }
+        _ => Err(failed(ends, "one address is IPv4, the other IPv6".into())),
+    }
+}
+
+fn failed(ends: &Ends, why: String) -> TcpError {
+    TcpError::Packet { from: ends.local, to: ends.remote, why }
 }
 
 #[cfg(test)]

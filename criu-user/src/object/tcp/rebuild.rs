@@ -1,5 +1,6 @@
 //! Makes the steps of a connection's way back.
 
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use criu_common::gate::MARK;
@@ -68,16 +69,17 @@ fn connect(made: BorrowedFd<'_>, ends: &Ends) -> SysResult<()> {
     fd::set_flags(made, flags)
 }
 
-/// Sends a segment, IP header and all, as if from `ends.local`. raw(7).
+/// Sends a segment as if from `ends.local`.
 fn inject(ends: &Ends, segment: &Segment, mark: u32) -> Result<(), TcpError> {
-    let bytes = packet::build(ends, segment)?;
-    let ends = ends.on_the_wire();
-    let family = if ends.remote.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    Ok(send_raw(&packet::build(ends, segment)?, ends.on_the_wire().remote, mark)?)
+}
+
+/// Sends a packet that has its IP header already. raw(7).
+pub fn send_raw(packet: &[u8], mut to: SocketAddr, mark: u32) -> SysResult<()> {
+    let family = if to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
     let raw = socket::new(family, libc::SOCK_RAW, libc::IPPROTO_RAW)?;
     socket::set_number(&raw, libc::SOL_SOCKET, libc::SO_MARK, mark as i32)?;
-    let mut to = ends.remote;
     // Raw sockets have no ports.
     to.set_port(0);
-    socket::send(&raw, &bytes, &Extra { to: &sockaddr(to), ..Extra::default() })?;
-    Ok(())
+    socket::send(&raw, packet, &Extra { to: &sockaddr(to), ..Extra::default() }).map(drop)
 }

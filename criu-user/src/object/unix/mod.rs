@@ -5,7 +5,7 @@
 //! the work of the process that did it before (`build`).
 
 mod build;
-mod queue;
+pub mod queue;
 mod steps;
 
 use std::collections::{BTreeMap, HashMap};

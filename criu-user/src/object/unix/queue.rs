@@ -74,8 +74,8 @@ pub fn capture(seen: &Seen, cx: &mut Capture<'_>, found: &UnixSocket) -> Result<
     Ok(out)
 }
 
-/// Datagrams, one after the other.
-fn packets(file: &OwnedFd, shut: bool) -> Result<Vec<Peeked>, ObjectError> {
+/// Datagrams, one after the other; `shut` says whether the socket gives an end of file.
+pub fn packets(file: &OwnedFd, shut: bool) -> Result<Vec<Peeked>, ObjectError> {
     let mut offset = Offset { socket: file, was: None };
     let (mut at, mut room) = (0, PACKET);
     let mut out: Vec<Peeked> = Vec::new();

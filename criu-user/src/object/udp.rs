@@ -1,0 +1,140 @@
+//! What waits in UDP sockets: looked at, never taken, at dump; delivered again at restore, by packets of our own making
+//! from the address that each came from, with the mark.
+//!
+//! CRIU's images have no place for it, so it is in a file of ours, and dropped where that is not there: as the network
+//! might have done.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use criu_common::gate::MARK;
+
+use super::ObjectError;
+use super::file::{Capture, Planner, Seen};
+use super::tcp::ends::{Ends, address_of};
+use super::tcp::{packet, rebuild};
+use super::unix::queue;
+use crate::image::ImageKind;
+use crate::image::proto::{InetSkEntry, SkPacketEntry};
+use crate::kernel::socket;
+use crate::plan::{Deed, FileRef, Opened, Stage};
+
+/// UDP_CORK of udp(7).
+const UDP_CORK: i32 = 1;
+
+/// A datagram and what is told of it.
+type Waiting = (SkPacketEntry, Vec<u8>);
+
+/// What was found in all sockets.
+#[derive(Debug, Default)]
+struct Found(Vec<Waiting>);
+
+/// Looks at what waits in a socket.
+pub fn capture(seen: &Seen, cx: &mut Capture<'_>, entry: &InetSkEntry) -> Result<(), ObjectError> {
+    if entry.proto as i32 != libc::IPPROTO_UDP {
+        return Ok(());
+    }
+    if socket::number(&seen.file, libc::SOL_UDP, UDP_CORK)? != 0 {
+        cx.refuse(seen.refuse(
+            format!("UDP socket on port {} is corked: what it has gathered so far cannot be read", entry.src_port),
+            "dump when the program has sent it",
+        ));
+    }
+    for packet in queue::packets(&seen.file, false)? {
+        let message = SkPacketEntry {
+            id_for: seen.id,
+            length: packet.data.len() as u32,
+            sender_name: Some(packet.from),
+            ..SkPacketEntry::default()
+        };
+        cx.shelf.get::<Found>().0.push((message, packet.data));
+    }
+    Ok(())
+}
+
+/// Writes what was found.
+pub fn finish(cx: &mut Capture<'_>) -> Result<(), ObjectError> {
+    let Found(found) = cx.shelf.take();
+    if found.is_empty() {
+        return Ok(());
+    }
+    let mut writer = cx.dir.writer(ImageKind::UdpQueues)?;
+    for (message, data) in &found {
+        writer.message_with_payload(message, data)?;
+    }
+    writer.finish()?;
+    Ok(())
+}
+
+/// What the images have, by description.
+#[derive(Debug, Default)]
+struct Read(Option<HashMap<u32, Vec<Waiting>>>);
+
+/// Plans the delivery of what waited in a socket.
+pub fn plan(entry: &InetSkEntry, scope: u32, file: FileRef, cx: &mut Planner<'_>) -> Result<(), ObjectError> {
+    if cx.shelf.get::<Read>().0.is_none() {
+        let mut all: HashMap<u32, Vec<Waiting>> = HashMap::new();
+        if cx.dir.exists(ImageKind::UdpQueues)? {
+            let mut reader = cx.dir.reader(ImageKind::UdpQueues)?;
+            while let Some((message, data)) = reader.message_with_payload::<SkPacketEntry>()? {
+                all.entry(message.id_for).or_default().push((message, data));
+            }
+        }
+        cx.shelf.get::<Read>().0 = Some(all);
+    }
+    let waiting = cx.shelf.get::<Read>().0.as_mut().and_then(|all| all.remove(&entry.id));
+    if let Some(waiting) = waiting {
+        cx.plan.after(Stage::Groups, Deliver { file, to: Ends::of(entry, scope).local, waiting });
+    }
+    Ok(())
+}
+
+/// Delivers what waited in a socket.
+#[derive(Debug)]
+struct Deliver {
+    file: FileRef,
+    to: SocketAddr,
+    waiting: Vec<Waiting>,
+}
+
+impl Deed for Deliver {
+    fn describe(&self) -> String {
+        format!("deliver {} datagrams to {} ({:?})", self.waiting.len(), self.to, self.file)
+    }
+
+    fn run(&self, _: &Opened) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        for (message, data) in &self.waiting {
+            let from = message.sender_name.as_deref().and_then(address_of).ok_or("a datagram without a sender")?;
+            let ends = Ends { local: from, remote: reachable(self.to, from) }.on_the_wire();
+            rebuild::send_raw(&packet::datagram(&ends, data)?, ends.remote, MARK)?;
+        }
+        Ok(())
+    }
+}
+
+/// An address that a socket can be reached at which is bound to any.
+fn reachable(mut bound: SocketAddr, from: SocketAddr) -> SocketAddr {
+    if bound.ip().is_unspecified() {
+        bound.set_ip(match from.ip().to_canonical() {
+            IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+            IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+        });
+    }
+    bound
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_address_is_reached_in_the_sender_s_family() {
+        let reached = |bound: &str, from: &str| {
+            reachable(bound.parse().expect("an address"), from.parse().expect("an address")).to_string()
+        };
+        assert_eq!(reached("0.0.0.0:53", "10.0.0.1:9"), "127.0.0.1:53");
+        assert_eq!(reached("[::]:53", "[::ffff:10.0.0.1]:9"), "127.0.0.1:53");
+        assert_eq!(reached("[::]:53", "[fd00::1]:9"), "[::1]:53");
+        assert_eq!(reached("10.0.0.2:53", "10.0.0.1:9"), "10.0.0.2:53");
+    }
+}
