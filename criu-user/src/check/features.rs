@@ -27,7 +27,7 @@ const fn unused(name: &'static str, ask: fn() -> Answer, why: &'static str) -> F
 
 const NAMESPACES: &str = "trees in namespaces of their own are refused";
 const TUN: &str = "open TUN devices are refused";
-const NO_IPTABLES: &str = "connections are not held by packet filter rules";
+const NO_IPTABLES: &str = "this engine holds connections by eBPF, without packet filter rules";
 
 /// The features that can be asked for.
 pub static FEATURES: &[Feature] = &[
