@@ -336,9 +336,13 @@ mod killed {
         let progress = || fs::read_to_string(pair.program.file("progress")).ok()?.parse::<u64>().ok();
         let (before, end) = (progress(), Instant::now() + Duration::from_secs(20));
         while progress() <= before {
-            assert!(Instant::now() < end, "the stream stands still at {before:?}\n{}", pair.program.log());
+            assert!(Instant::now() < end, "the stream stands still at {before:?}\n{}", said(pair));
             sleep(Duration::from_millis(5));
         }
+    }
+
+    fn said(pair: &Pair) -> String {
+        [&pair.program, &pair.peer].map(|p| fs::read_to_string(p.file("out")).unwrap_or_default()).join("peer: ")
     }
 
     fn runs(program: &Program) -> bool {

@@ -154,6 +154,7 @@ class Stream(threading.Thread):
             self.flow()
         except BaseException as error:  # it is raised again by whoever waits for us
             self.failure = error
+            print(f"after {self.sent} sent, {self.received} received: {error!r}", file=sys.stderr, flush=True)
 
     def flow(self):
         self.sock.setblocking(False)

@@ -62,3 +62,12 @@ pub fn own_timer_slack() -> u64 {
     // SAFETY: numbers only.
     unsafe { libc::prctl(libc::PR_GET_TIMERSLACK) as u64 }
 }
+
+/// Has the calling process run before all others, where that is allowed: SCHED_FIFO of sched(7).
+pub fn be_urgent() {
+    // SAFETY: all-zero is a valid value of this plain C struct.
+    let mut param: libc::sched_param = unsafe { std::mem::zeroed() };
+    param.sched_priority = 1;
+    // SAFETY: the argument lives for the call. Where it is refused, things go on as they are.
+    unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const param) };
+}

@@ -221,18 +221,16 @@ pub fn set_timestamp(fd: impl AsFd, stamp: u32) -> SysResult<()> {
     set_number(fd, SOL, TCP_TIMESTAMP, stamp as i32)
 }
 
-/// The bytes in a queue, in repair mode. There may be more or fewer than `expected`: one more is asked for, to see.
-pub fn peek(fd: impl AsFd, queue: Queue, expected: u32) -> SysResult<Vec<u8>> {
+/// Copies the bytes in a queue into `room`, in repair mode, and says how many there were. Room for one more than are
+/// expected shows whether there were more.
+pub fn peek(fd: impl AsFd, queue: Queue, room: &mut [u8]) -> SysResult<usize> {
     choose_queue(&fd, queue)?;
     let raw = fd.as_fd().as_raw_fd();
-    let mut bytes = vec![0; expected as usize + 1];
-    let len = match recv(raw, &mut bytes, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) {
+    match recv(raw, room, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) {
         // An empty queue.
-        Err(Errno::EAGAIN) => 0,
-        other => other.map_err(|e| SysError::new("recv(MSG_PEEK)", format!("fd {raw}, {queue:?} queue"), e))?,
-    };
-    bytes.truncate(len);
-    Ok(bytes)
+        Err(Errno::EAGAIN) => Ok(0),
+        other => other.map_err(|e| SysError::new("recv(MSG_PEEK)", format!("fd {raw}, {queue:?} queue"), e)),
+    }
 }
 
 /// Appends to the chosen queue, without waiting; in pieces, where the kernel has no room for all at once.

@@ -1,8 +1,8 @@
 //! The connections of a dump: held from the first look at them until they are images and nobody's.
 //!
 //! Sockets are out of repair mode at all times but for the microseconds in which one is read, and that is done in a
-//! process of its own: if the engine is killed, the socket that is being read comes out of repair mode all the same, the
-//! gate opens because nobody holds it any more, and the program goes on with its connections. The gate becomes
+//! process of its own: if the engine is killed, the socket that is being read comes out of repair mode all the same (a
+//! thread that is let go in these very microseconds may see an EPERM), the gate opens because nobody holds it any more, and the program goes on with its connections. The gate becomes
 //! permanent in the same breath in which the tree is killed, again by a process that finishes what it has begun.
 //! Only then, when nobody can use them any more, are the sockets put into repair mode, in which they die without a word.
 
@@ -21,6 +21,7 @@ use crate::image::proto::{InventoryEntry, TcpStreamEntry};
 use crate::image::{ImageDir, ImageKind};
 use crate::kernel::apart;
 use crate::kernel::ebpf::Gate;
+use crate::kernel::sched::be_urgent;
 use crate::kernel::tcp::{Repair, set_repair};
 use crate::object::ObjectError;
 use crate::object::file::{Capture, Seen};
@@ -84,7 +85,13 @@ impl Hold {
             let keys: Vec<_> = self.sockets.iter().map(|socket| socket.ends.key()).collect();
             gate.lock(&keys).map_err(LockError::from)?;
         }
-        let told = apart::run(|| Ok(self.sockets.iter().flat_map(|socket| tell(&socket.file)).collect()))?;
+        let engine = Pid::this();
+        let told = apart::run(|| {
+            // Whoever is in repair mode is not to be interrupted by the program, if that runs on because we die.
+            be_urgent();
+            let alive = self.sockets.iter().take_while(|_| Pid::parent() == engine);
+            Ok(alive.flat_map(|socket| tell(&socket.file)).collect())
+        })?;
         let mut told = told.as_slice();
         for socket in &self.sockets {
             let connection = listen(&mut told)

@@ -4,7 +4,7 @@
 //! killed meanwhile, or the program finds a socket that refuses everything. [`super::hold`] reads in a process that
 //! nobody kills.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::poll::PollFlags;
 
@@ -74,22 +74,28 @@ const ATTEMPTS: u32 = 5;
 pub fn read(socket: impl AsFd) -> Result<Connection, TcpError> {
     let fd = socket.as_fd();
     let reuse = socket::number(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR)?;
+    // Memory that is there already: what is first written to is looked for by the kernel, and that takes its time.
+    let lengths = tcp::lengths(fd)?;
+    let mut room = vec![1; (lengths.received + lengths.unacknowledged) as usize + 2];
     tcp::set_repair(fd, Repair::On)?;
-    let mut outcome = read_once(fd);
+    let mut outcome = read_once(fd, &mut room);
     for _ in 1..ATTEMPTS {
         if !matches!(outcome, Err(TcpError::Moved { .. })) {
             break;
         }
-        outcome = read_once(fd);
+        outcome = read_once(fd, &mut room);
     }
     tcp::set_repair(fd, Repair::Off)?;
     if reuse != 0 {
         socket::set_number(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, reuse)?;
     }
-    outcome
+    let mut connection = outcome?;
+    room.truncate((connection.stream.inq_len + connection.stream.outq_len) as usize);
+    connection.data = room;
+    Ok(connection)
 }
 
-fn read_once(fd: std::os::fd::BorrowedFd<'_>) -> Result<Connection, TcpError> {
+fn read_once(fd: BorrowedFd<'_>, room: &mut Vec<u8>) -> Result<Connection, TcpError> {
     let info = tcp::info(fd)?;
     let state = State::of_number(info.state.into()).ok_or(TcpError::State { number: info.state })?;
     let Lengths { received, unacknowledged, unsent } = state.data(tcp::lengths(fd)?);
@@ -118,18 +124,22 @@ fn read_once(fd: std::os::fd::BorrowedFd<'_>) -> Result<Connection, TcpError> {
     stream.max_window = Some(window.max_window);
     stream.rcv_wnd = Some(window.rcv_wnd);
     stream.rcv_wup = Some(window.rcv_wup);
-    let mut data = queue(fd, Queue::Receive, received)?;
-    data.extend(queue(fd, Queue::Send, unacknowledged)?);
-    Ok(Connection { state, stream, data })
+    let total = (received + unacknowledged) as usize;
+    room.resize(total.max(room.len() - 2) + 2, 1);
+    // One more than the queue is said to hold: the send queue overwrites that.
+    queue(fd, Queue::Receive, received, room)?;
+    queue(fd, Queue::Send, unacknowledged, &mut room[received as usize..])?;
+    // The bytes are taken out of the room afterwards.
+    Ok(Connection { state, stream, data: Vec::new() })
 }
 
-fn queue(fd: std::os::fd::BorrowedFd<'_>, queue: Queue, expected: u32) -> Result<Vec<u8>, TcpError> {
+fn queue(fd: BorrowedFd<'_>, queue: Queue, expected: u32, room: &mut [u8]) -> Result<(), TcpError> {
     if expected == 0 {
-        return Ok(Vec::new());
+        return Ok(());
     }
-    let bytes = tcp::peek(fd, queue, expected)?;
-    if bytes.len() != expected as usize {
-        return Err(TcpError::Moved { queue, expected, found: bytes.len() });
+    let found = tcp::peek(fd, queue, &mut room[..expected as usize + 1])?;
+    if found != expected as usize {
+        return Err(TcpError::Moved { queue, expected, found });
     }
-    Ok(bytes)
+    Ok(())
 }
