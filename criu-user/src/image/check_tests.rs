@@ -136,6 +136,7 @@ fn sample(path: &std::path::Path) -> ImageDir {
     fs::write(pages.pages_path(), [1; 4096]).unwrap();
     pages.finish().unwrap();
     complete(&dir);
+    dir.make_waiting().unwrap();
     dir
 }
 

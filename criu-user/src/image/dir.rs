@@ -7,13 +7,13 @@
 
 use std::{
     fs::{DirBuilder, File, OpenOptions, TryLockError},
-    io,
+    io::{self, Write},
     os::{
         fd::{AsFd, BorrowedFd},
         unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
-    sync::Mutex,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use nix::{
@@ -40,10 +40,62 @@ const UNFINISHED_INVENTORY: &str = ".inventory.img.new";
 /// An image directory, open and locked.
 #[derive(Debug)]
 pub struct ImageDir {
-    path: PathBuf,
-    dir: File,
+    place: Arc<Place>,
     /// Whether the inventory of an earlier dump is out of the way. Only of interest to a writer.
     cleared: Mutex<bool>,
+}
+
+/// Where files are made. Small ones that are complete wait in memory: to make a file takes longer than all that goes into
+/// it. For a tree of hundreds of tasks that is most of a dump, and nothing that the tree has to stand still for.
+#[derive(Debug)]
+pub(super) struct Place {
+    path: PathBuf,
+    dir: File,
+    waiting: Mutex<Vec<(ImageName, Vec<u8>)>>,
+}
+
+/// So many bytes wait at most.
+const WAITING_MAX: usize = 256 << 20;
+
+impl Place {
+    fn new(path: PathBuf, dir: File) -> Arc<Self> {
+        Arc::new(Self { path, dir, waiting: Mutex::default() })
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Vec<(ImageName, Vec<u8>)>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the content of a whole file.
+    pub(super) fn take(&self, name: ImageName, content: Vec<u8>) -> Result<(), ImageError> {
+        let mut waiting = self.waiting();
+        waiting.push((name, content));
+        if waiting.iter().map(|(_, content)| content.len()).sum::<usize>() <= WAITING_MAX {
+            return Ok(());
+        }
+        drop(waiting);
+        self.make_waiting()
+    }
+
+    /// Makes all files that wait.
+    fn make_waiting(&self) -> Result<(), ImageError> {
+        let waiting = std::mem::take(&mut *self.waiting());
+        waiting.into_iter().try_for_each(|(name, content)| {
+            let failed = |source| ImageError::File { file: self.path_of(name), offset: 0, call: "write", source };
+            self.make(name)?.write_all(&content).map_err(failed)
+        })
+    }
+
+    /// A new and empty file.
+    pub(super) fn make(&self, name: ImageName) -> Result<File, ImageError> {
+        let name = name.to_string();
+        tracing::debug!("image {name}");
+        fresh(&self.dir, &self.path, &name)
+    }
+
+    pub(super) fn path_of(&self, name: ImageName) -> PathBuf {
+        self.path.join(name.to_string())
+    }
 }
 
 impl ImageDir {
@@ -59,7 +111,7 @@ impl ImageDir {
         }
         let dir = open_dir(path, libc::O_NOFOLLOW)?;
         lock(path, dir.try_lock())?;
-        Ok(ImageDir { path: path.to_owned(), dir, cleared: Mutex::new(false) })
+        Ok(ImageDir { place: Place::new(path.to_owned(), dir), cleared: Mutex::new(false) })
     }
 
     /// Opens a complete dump for reading, and keeps writers away.
@@ -70,9 +122,9 @@ impl ImageDir {
 
     fn opened(path: PathBuf, dir: File) -> Result<ImageDir, ImageError> {
         lock(&path, dir.try_lock_shared())?;
-        let dir = ImageDir { path, dir, cleared: Mutex::new(true) };
+        let dir = ImageDir { place: Place::new(path, dir), cleared: Mutex::new(true) };
         if !dir.exists(ImageKind::Inventory)? {
-            return Err(ImageError::Incomplete { path: dir.path });
+            return Err(ImageError::Incomplete { path: dir.path().to_owned() });
         }
         dir.inventory()?;
         Ok(dir)
@@ -80,28 +132,27 @@ impl ImageDir {
 
     /// The path that the directory was opened by.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.place.path
     }
 
     /// The path of a file in the directory, for messages.
     pub fn path_of(&self, name: impl Into<ImageName>) -> PathBuf {
-        self.path.join(name.into().to_string())
+        self.place.path.join(name.into().to_string())
     }
 
     // ---- writing ----
 
-    /// Begins a file. Whatever had its name is unlinked first, never overwritten: somebody may have it mapped.
+    /// Begins a file. Whatever had its name is unlinked first, never overwritten: somebody may have it mapped. Small
+    /// files are made by [`ImageDir::commit`].
     pub fn writer(&self, name: impl Into<ImageName>) -> Result<ImageWriter, ImageError> {
-        let name = name.into();
-        Ok(ImageWriter::new(self.path_of(name), self.create_file(name)?, name.kind))
+        self.clear()?;
+        Ok(ImageWriter::later(self.place.clone(), name.into()))
     }
 
     /// A new and empty file for raw content, open for reading and writing.
     pub fn create_file(&self, name: impl Into<ImageName>) -> Result<File, ImageError> {
         self.clear()?;
-        let name = name.into().to_string();
-        tracing::debug!("image {name}");
-        fresh(&self.dir, &self.path, &name)
+        self.place.make(name.into())
     }
 
     /// Writes a file with one message.
@@ -119,13 +170,19 @@ impl ImageDir {
         for message in messages {
             writer.message(message)?;
         }
-        writer.finish().map(drop)
+        writer.finish()
+    }
+
+    /// Makes the files that wait in memory. [`ImageDir::commit`] does so by itself.
+    pub fn make_waiting(&self) -> Result<(), ImageError> {
+        self.place.make_waiting()
     }
 
     /// Brings everything in the directory to disk: one syncfs(2), because thousands of small files with an fsync(2) each
     /// cost thousands of journal commits.
     pub fn sync(&self) -> Result<(), ImageError> {
-        syncfs(&self.dir).map_err(|e| failed(&self.path, "syncfs", e.into()))
+        self.place.make_waiting()?;
+        syncfs(&self.place.dir).map_err(|e| failed(&self.place.path, "syncfs", e.into()))
     }
 
     /// Makes the files a dump: brings them to disk, then writes the inventory and brings that to disk.
@@ -135,27 +192,36 @@ impl ImageDir {
         self.clear()?;
         self.sync()?;
         let path = self.path_of(ImageKind::Inventory);
-        let mut writer =
-            ImageWriter::new(path.clone(), fresh(&self.dir, &self.path, UNFINISHED_INVENTORY)?, ImageKind::Inventory);
+        let mut writer = ImageWriter::new(
+            path.clone(),
+            fresh(&self.place.dir, &self.place.path, UNFINISHED_INVENTORY)?,
+            ImageKind::Inventory,
+        );
         writer.message(&inventory)?;
         let of_file = |call| move |source| ImageError::File { file: path, offset: 0, call, source };
-        writer.finish()?.sync_all().map_err(of_file.clone()("fsync"))?;
-        renameat(&self.dir, UNFINISHED_INVENTORY, &self.dir, &*ImageName::from(ImageKind::Inventory).to_string())
-            .map_err(|e| of_file("rename")(e.into()))?;
-        self.dir.sync_all().map_err(|e| failed(&self.path, "fsync", e))
+        writer.into_file()?.sync_all().map_err(of_file.clone()("fsync"))?;
+        renameat(
+            &self.place.dir,
+            UNFINISHED_INVENTORY,
+            &self.place.dir,
+            &*ImageName::from(ImageKind::Inventory).to_string(),
+        )
+        .map_err(|e| of_file("rename")(e.into()))?;
+        self.place.dir.sync_all().map_err(|e| failed(&self.place.path, "fsync", e))
     }
 
     /// Makes this dump build on another one. A relative path starts in this directory, as a link's does.
     pub fn set_parent(&self, parent: &Path) -> Result<(), ImageError> {
         self.clear()?;
         self.remove(PARENT)?;
-        symlinkat(parent, &self.dir, PARENT).map_err(|e| failed(&self.path.join(PARENT), "symlink", e.into()))
+        symlinkat(parent, &self.place.dir, PARENT)
+            .map_err(|e| failed(&self.place.path.join(PARENT), "symlink", e.into()))
     }
 
     /// Takes the inventory away again: somebody has found fault with the dump.
     pub fn withdraw(&self) -> Result<(), ImageError> {
         self.remove(&ImageName::from(ImageKind::Inventory).to_string())?;
-        self.dir.sync_all().map_err(|e| failed(&self.path, "fsync", e))
+        self.place.dir.sync_all().map_err(|e| failed(&self.place.path, "fsync", e))
     }
 
     /// Takes an earlier dump away before the first file of this one is made: its inventory first, and for good, so that
@@ -164,7 +230,7 @@ impl ImageDir {
         let mut cleared = self.cleared.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if !*cleared {
             if self.remove(&ImageName::from(ImageKind::Inventory).to_string())? {
-                self.dir.sync_all().map_err(|e| failed(&self.path, "fsync", e))?;
+                self.place.dir.sync_all().map_err(|e| failed(&self.place.path, "fsync", e))?;
             }
             // How the last dump went may still be of interest.
             for name in self.list()?.iter().filter(|name| name.kind.head() != Head::Service) {
@@ -178,10 +244,10 @@ impl ImageDir {
 
     /// Unlinks a file, and says whether it was there. What is no regular file nor a link is left where it is.
     fn remove(&self, name: &str) -> Result<bool, ImageError> {
-        match unlinkat(&self.dir, name, UnlinkatFlags::NoRemoveDir) {
+        match unlinkat(&self.place.dir, name, UnlinkatFlags::NoRemoveDir) {
             Ok(()) => Ok(true),
             Err(Errno::ENOENT | Errno::EISDIR) => Ok(false),
-            Err(e) => Err(failed(&self.path.join(name), "unlink", e.into())),
+            Err(e) => Err(failed(&self.place.path.join(name), "unlink", e.into())),
         }
     }
 
@@ -190,7 +256,8 @@ impl ImageDir {
     /// Whether there is such a file.
     pub fn exists(&self, name: impl Into<ImageName>) -> Result<bool, ImageError> {
         let name = name.into();
-        match fstatat(&self.dir, &*name.to_string(), AtFlags::AT_SYMLINK_NOFOLLOW) {
+        self.place.make_waiting()?;
+        match fstatat(&self.place.dir, &*name.to_string(), AtFlags::AT_SYMLINK_NOFOLLOW) {
             Ok(_) => Ok(true),
             Err(Errno::ENOENT) => Ok(false),
             Err(e) => Err(ImageError::File { file: self.path_of(name), offset: 0, call: "stat", source: e.into() }),
@@ -211,10 +278,11 @@ impl ImageDir {
 
     /// Opens a file at its very beginning, and says how long it is.
     pub(super) fn open_sized(&self, name: ImageName) -> Result<(File, u64), ImageError> {
+        self.place.make_waiting()?;
         let path = self.path_of(name);
         // Without O_NONBLOCK a FIFO of that name would hold us for ever.
         let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
-        let file = match openat(&self.dir, &*name.to_string(), flags, Mode::empty()) {
+        let file = match openat(&self.place.dir, &*name.to_string(), flags, Mode::empty()) {
             Ok(fd) => File::from(fd),
             Err(Errno::ENOENT) => return Err(ImageError::Missing { file: path }),
             Err(Errno::ELOOP) => return Err(ImageError::NotRegular { file: path }),
@@ -279,9 +347,10 @@ impl ImageDir {
     /// The names of all image files in the directory, sorted.
     pub fn list(&self) -> Result<Vec<ImageName>, ImageError> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let failed = |e: Errno| failed(&self.path, "readdir", e.into());
+        let failed = |e: Errno| failed(&self.place.path, "readdir", e.into());
+        self.place.make_waiting()?;
         let mut names = Vec::new();
-        for entry in Dir::openat(&self.dir, ".", flags, Mode::empty()).map_err(failed)?.iter() {
+        for entry in Dir::openat(&self.place.dir, ".", flags, Mode::empty()).map_err(failed)?.iter() {
             names.extend(entry.map_err(failed)?.file_name().to_str().ok().and_then(ImageName::parse));
         }
         names.sort();
@@ -290,20 +359,21 @@ impl ImageDir {
 
     /// The dump that this one builds on, if any.
     pub fn parent(&self) -> Result<Option<ImageDir>, ImageError> {
-        let path = self.path.join(PARENT);
-        let target = match readlinkat(&self.dir, PARENT) {
+        let path = self.place.path.join(PARENT);
+        let target = match readlinkat(&self.place.dir, PARENT) {
             Ok(target) => target,
             Err(Errno::ENOENT) => return Ok(None),
             Err(e) => return Err(failed(&path, "readlink", e.into())),
         };
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let dir = openat(&self.dir, &*target, flags, Mode::empty()).map_err(|e| failed(&path, "open", e.into()))?;
+        let dir =
+            openat(&self.place.dir, &*target, flags, Mode::empty()).map_err(|e| failed(&path, "open", e.into()))?;
         Self::opened(path, dir.into()).map(Some)
     }
 
     /// All dumps that this one builds on, the nearest first.
     pub fn parents(&self) -> Result<Vec<ImageDir>, ImageError> {
-        let wrong = |what| Err(ImageError::Parents { path: self.path.clone(), what });
+        let wrong = |what| Err(ImageError::Parents { path: self.place.path.clone(), what });
         let mut seen = vec![self.identity()?];
         let mut chain: Vec<ImageDir> = Vec::new();
         while let Some(next) = chain.last().unwrap_or(self).parent()? {
@@ -321,14 +391,14 @@ impl ImageDir {
     }
 
     fn identity(&self) -> Result<(u64, u64), ImageError> {
-        let meta = self.dir.metadata().map_err(|e| failed(&self.path, "fstat", e))?;
+        let meta = self.place.dir.metadata().map_err(|e| failed(&self.place.path, "fstat", e))?;
         Ok((meta.dev(), meta.ino()))
     }
 }
 
 impl AsFd for ImageDir {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.dir.as_fd()
+        self.place.dir.as_fd()
     }
 }
 
@@ -339,7 +409,7 @@ pub fn write_service<M: Message>(directory: &Path, kind: ImageKind, message: &M)
     let dir = open_dir(directory, 0)?;
     let mut writer = ImageWriter::new(directory.join(&name), fresh(&dir, directory, &name)?, kind);
     writer.message(message)?;
-    writer.finish().map(drop)
+    writer.into_file().map(drop)
 }
 
 fn open_dir(path: &Path, flags: i32) -> Result<File, ImageError> {

@@ -27,6 +27,7 @@ fn a_dump_is_one_after_its_inventory_only() {
     assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
     assert!(matches!(ImageDir::create(&path), Err(ImageError::Busy { .. })));
     dir.write_all(ImageKind::Pstree, &tree()).unwrap();
+    dir.sync().unwrap();
     let file = fs::metadata(dir.path_of(ImageKind::Pstree)).unwrap();
     assert_eq!(file.permissions().mode() & 0o777, 0o600);
     drop(dir);
@@ -75,7 +76,8 @@ fn links_and_other_things_are_refused() {
     let victim = tmp.path().join("victim");
     fs::write(&victim, "mine").unwrap();
     symlink(&victim, dir.path_of(ImageKind::Files)).unwrap();
-    assert!(matches!(dir.writer(ImageKind::Files), Err(ImageError::NotRegular { .. })));
+    dir.write_one(ImageKind::Files, &inventory()).unwrap();
+    assert!(matches!(dir.sync(), Err(ImageError::NotRegular { .. })));
     assert!(matches!(dir.reader(ImageKind::Files), Err(ImageError::NotRegular { .. })));
     assert_eq!(fs::read(&victim).unwrap(), b"mine");
     fs::create_dir(dir.path_of(ImageKind::Cgroup)).unwrap();
@@ -88,6 +90,7 @@ fn both_layouts_are_read_and_wrong_magics_are_not() {
     let tmp = tempfile::tempdir().unwrap();
     let dir = ImageDir::create(tmp.path()).unwrap();
     dir.write_all(ImageKind::Pstree, &tree()).unwrap();
+    dir.sync().unwrap();
     let path = dir.path_of(ImageKind::Pstree);
     let new = fs::read(&path).unwrap();
     fs::write(&path, &new[4..]).unwrap();

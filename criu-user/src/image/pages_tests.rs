@@ -67,6 +67,7 @@ proptest! {
             dir.write_one(ImageKind::Inventory, &InventoryEntry {
                 img_version: 2, fdinfo_per_id: Some(true), ..Default::default()
             }).unwrap();
+            dir.make_waiting().unwrap();
         }
         let dir = ImageDir::open(tmp.path().join("0")).unwrap();
         let map = PageStore::open(&dir).unwrap().process(7).unwrap();

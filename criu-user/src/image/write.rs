@@ -5,29 +5,46 @@ use std::{
     io::{self, Read, Write},
     os::fd::{AsFd, BorrowedFd},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use prost::Message;
 
-use super::{ImageError, ImageKind};
+use super::dir::Place;
+use super::{ImageError, ImageKind, ImageName};
 
-/// So much is gathered before it goes to the kernel. Most files are smaller and are written by a single call.
-const BUFFER: usize = 64 << 10;
+/// So much is gathered before it goes to the kernel. Most files are smaller: they are made when the dump is complete, each
+/// by a single write.
+const BUFFER: usize = 4 << 20;
 
 /// A file under construction. It is complete after [`ImageWriter::finish`]; dropping it instead leaves it cut off, which
 /// does no harm, because a dump without an inventory is none.
 #[derive(Debug)]
 pub struct ImageWriter {
     path: PathBuf,
-    file: File,
+    target: Target,
     buffer: Vec<u8>,
     /// How much the kernel has got.
     written: u64,
 }
 
+/// Where the bytes go.
+#[derive(Debug)]
+enum Target {
+    File(File),
+    /// To a file that is not there yet.
+    Later(Arc<Place>, ImageName),
+}
+
 impl ImageWriter {
     pub(super) fn new(path: PathBuf, file: File, kind: ImageKind) -> Self {
-        Self { path, file, buffer: kind.header(), written: 0 }
+        Self { path, target: Target::File(file), buffer: kind.header(), written: 0 }
+    }
+
+    /// The same for a file that is made when it is complete, or too large to wait.
+    pub(super) fn later(place: Arc<Place>, name: ImageName) -> Self {
+        let path = place.path_of(name);
+        Self { path, buffer: name.kind.header(), target: Target::Later(place, name), written: 0 }
     }
 
     /// Appends a message.
@@ -53,7 +70,7 @@ impl ImageWriter {
             return Ok(());
         }
         self.flush()?;
-        self.file.write_all(bytes).map_err(|e| self.failed("write", e))?;
+        self.file()?.write_all(bytes).map_err(|e| self.failed("write", e))?;
         self.written += bytes.len() as u64;
         Ok(())
     }
@@ -63,7 +80,7 @@ impl ImageWriter {
     pub fn payload_from(&mut self, source: &mut File, len: u64) -> Result<(), ImageError> {
         self.flush()?;
         // On Linux this is copy_file_range, sendfile or splice, whichever the two files allow.
-        let copied = io::copy(&mut source.take(len), &mut self.file).map_err(|e| self.failed("copy into", e))?;
+        let copied = io::copy(&mut source.take(len), self.file()?).map_err(|e| self.failed("copy into", e))?;
         self.written += copied;
         if copied < len {
             let short =
@@ -82,7 +99,7 @@ impl ImageWriter {
     /// Tell how much was appended with [`ImageWriter::appended`].
     pub fn raw(&mut self) -> Result<BorrowedFd<'_>, ImageError> {
         self.flush()?;
-        Ok(self.file.as_fd())
+        Ok(File::as_fd(self.file()?))
     }
 
     /// Counts bytes that were appended to [`ImageWriter::raw`] behind our back.
@@ -95,17 +112,39 @@ impl ImageWriter {
         &self.path
     }
 
-    /// Hands everything to the kernel. On disk it is after [`ImageDir::sync`](super::ImageDir::sync).
-    pub fn finish(mut self) -> Result<File, ImageError> {
+    /// Completes the file. On disk it is after [`ImageDir::commit`](super::ImageDir::commit).
+    pub fn finish(mut self) -> Result<(), ImageError> {
+        match &self.target {
+            Target::Later(place, name) => place.take(*name, std::mem::take(&mut self.buffer)),
+            Target::File(_) => self.flush(),
+        }
+    }
+
+    /// Hands everything to the kernel, and gives the file.
+    pub(super) fn into_file(mut self) -> Result<File, ImageError> {
         self.flush()?;
-        Ok(self.file)
+        match self.target {
+            Target::File(file) => Ok(file),
+            Target::Later(place, name) => place.make(name),
+        }
+    }
+
+    /// The file, made now if it was not.
+    fn file(&mut self) -> Result<&mut File, ImageError> {
+        if let Target::Later(place, name) = &self.target {
+            self.target = Target::File(place.make(*name)?);
+        }
+        match &mut self.target {
+            Target::File(file) => Ok(file),
+            Target::Later(..) => unreachable!("it was just made"),
+        }
     }
 
     fn flush(&mut self) -> Result<(), ImageError> {
         if !self.buffer.is_empty() {
-            self.file.write_all(&self.buffer).map_err(|e| self.failed("write", e))?;
-            self.written += self.buffer.len() as u64;
-            self.buffer.clear();
+            let bytes = std::mem::take(&mut self.buffer);
+            self.file()?.write_all(&bytes).map_err(|e| self.failed("write", e))?;
+            self.written += bytes.len() as u64;
         }
         Ok(())
     }

@@ -118,7 +118,7 @@ pub fn write_content<'f>(
         };
         writer.message_with_payload(&entry, &bytes)?;
     }
-    writer.map_or(Ok(()), |w| w.finish().map(drop))
+    writer.map_or(Ok(()), |w| w.finish())
 }
 
 /// The content of a pipe as the image has it.
