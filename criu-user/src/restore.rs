@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -139,8 +140,9 @@ struct ProcessImages {
 pub fn plan(dir: &ImageDir, options: &RestoreOptions) -> Result<Plan, RestoreError> {
     let entries: Vec<PstreeEntry> = dir.read_all(ImageKind::Pstree)?;
     references::tree(&dir.path_of(ImageKind::Pstree), &entries)?;
-    let files: Vec<FileEntry> = dir.read_all(ImageKind::Files)?;
-    references::descriptions(&dir.path_of(ImageKind::Files), &files)?;
+    let mut files: Vec<Rc<FileEntry>> = Vec::new();
+    dir.read_each(ImageKind::Files, |file| files.push(Rc::new(file)))?;
+    references::descriptions(&dir.path_of(ImageKind::Files), files.iter().map(|file| &**file))?;
     let cores = read_cores(dir, &entries)?;
     let mut cx = Planner {
         dir,

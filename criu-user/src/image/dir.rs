@@ -311,17 +311,27 @@ impl ImageDir {
     /// Reads all messages of a file. For kinds with bytes behind their messages use [`ImageDir::reader`].
     /// A file that is not there is an empty one: dumps leave out what they have nothing of.
     pub fn read_all<M: Message + Default>(&self, name: impl Into<ImageName>) -> Result<Vec<M>, ImageError> {
+        let mut all = Vec::new();
+        self.read_each(name, |message| all.push(message))?;
+        Ok(all)
+    }
+
+    /// The same, one message after the other: large ones need not be moved about.
+    pub fn read_each<M: Message + Default>(
+        &self,
+        name: impl Into<ImageName>,
+        mut each: impl FnMut(M),
+    ) -> Result<(), ImageError> {
         let mut reader = match self.reader(name) {
-            Err(ImageError::Missing { .. }) => return Ok(Vec::new()),
+            Err(ImageError::Missing { .. }) => return Ok(()),
             other => other?,
         };
-        let mut all = Vec::new();
         let mut budget = check::Budget::default();
         loop {
             let start = reader.position();
-            let Some(message) = reader.message::<M>()? else { return Ok(all) };
+            let Some(message) = reader.message::<M>()? else { return Ok(()) };
             budget.spend::<M>(reader.path(), start, reader.position() - start)?;
-            all.push(message);
+            each(message);
         }
     }
 

@@ -75,8 +75,11 @@ pub fn core(file: &Path, core: &CoreEntry, leader: bool) -> Result<bool, ImageEr
 pub type Descriptions<'f> = HashMap<u32, &'f FileEntry>;
 
 /// File descriptions: every id once, and exactly what belongs to the type.
-pub fn descriptions<'f>(file: &Path, files: &'f [FileEntry]) -> Result<Descriptions<'f>, ImageError> {
-    let mut by_id = HashMap::with_capacity(files.len());
+pub fn descriptions<'f>(
+    file: &Path,
+    files: impl IntoIterator<Item = &'f FileEntry>,
+) -> Result<Descriptions<'f>, ImageError> {
+    let mut by_id = HashMap::new();
     for entry in files {
         let id = entry.id;
         let Ok(kind) = FdTypes::try_from(entry.r#type) else {

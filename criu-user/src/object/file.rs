@@ -8,6 +8,7 @@ use std::any::{Any, TypeId};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
+use std::rc::Rc;
 
 use nix::sys::stat::{FileStat, SFlag};
 use nix::unistd::Pid;
@@ -342,7 +343,7 @@ pub struct Planner<'a> {
     /// The plan so far.
     pub plan: Plan,
     /// files.img by id.
-    pub files: BTreeMap<u32, FileEntry>,
+    pub files: BTreeMap<u32, Rc<FileEntry>>,
     /// Where each description was planned.
     pub refs: HashMap<u32, FileRef>,
     /// The same for files that are mapped in another way than their entries say, by id and access mode.
@@ -360,6 +361,11 @@ pub struct Planner<'a> {
 impl Planner<'_> {
     /// The entry of a description.
     pub fn file(&self, id: u32) -> Result<&FileEntry, ObjectError> {
+        self.entry(id).map(|entry| &**entry)
+    }
+
+    /// The same, to be kept: entries are large.
+    fn entry(&self, id: u32) -> Result<&Rc<FileEntry>, ObjectError> {
         self.files.get(&id).ok_or_else(|| ObjectError::contradiction(format!("files.img has no file {id}")))
     }
 
@@ -368,7 +374,7 @@ impl Planner<'_> {
         if let Some(&known) = self.refs.get(&id) {
             return Ok(known);
         }
-        let entry = self.file(id)?.clone();
+        let entry = Rc::clone(self.entry(id)?);
         let kind = kind_of(&entry)?;
         let file = kind.plan(&entry, self)?;
         self.refs.insert(id, file);
@@ -449,7 +455,7 @@ impl Planner<'_> {
             left.sort_unstable();
             for id in left {
                 done.insert(id);
-                let entry = self.file(id)?.clone();
+                let entry = Rc::clone(self.entry(id)?);
                 kind_of(&entry)?.wire(&entry, self)?;
             }
         }

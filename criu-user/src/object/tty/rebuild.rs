@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
@@ -134,8 +135,8 @@ fn controlled_pair(cx: &mut Planner<'_>, info: &TtyInfoEntry) -> Result<Option<P
 }
 
 /// The description of an end, where one is open.
-fn has_end(cx: &Planner<'_>, info: u32) -> Option<FileEntry> {
-    let of_end = |file: &&FileEntry| {
+fn has_end(cx: &Planner<'_>, info: u32) -> Option<Rc<FileEntry>> {
+    let of_end = |file: &&Rc<FileEntry>| {
         file.r#type() == FdTypes::Tty && file.tty.as_ref().is_some_and(|tty| tty.tty_info_id == info)
     };
     cx.files.values().find(of_end).cloned()
@@ -164,7 +165,7 @@ fn pair(cx: &mut Planner<'_>, index: u32) -> Result<Pair, ObjectError> {
     let hung_up = of_slave.as_ref().is_some_and(|slave| slave.termios.is_none());
     let planned = match (&open_master, hung_up) {
         (None, false) => callers(cx, of_slave.as_ref())?,
-        _ => own(cx, index, open_master.as_ref(), of_master.as_ref(), of_slave.as_ref())?,
+        _ => own(cx, index, open_master.as_deref(), of_master.as_ref(), of_slave.as_ref())?,
     };
     cx.shelf.get::<Terminals>().pairs.insert(index, planned);
     Ok(planned)
