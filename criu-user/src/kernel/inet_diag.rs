@@ -5,7 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv};
+use nix::sys::socket::{MsgFlags, SockaddrIn, bind, recv};
+use nix::sys::stat::fstat;
 
 use super::socket::{self, Extra};
 use super::{SysError, SysResult};
@@ -54,6 +55,16 @@ pub fn all() -> SysResult<HashMap<u32, TcpSocket>> {
         while receive(&netlink, &mut found)? {}
     }
     Ok(found)
+}
+
+/// Whether [`all`] has sockets that are bound and nothing else, found out with one of our own: TCP_BOUND_INACTIVE, Linux
+/// 6.8.
+pub fn lists_bound() -> SysResult<bool> {
+    let own = socket::new(libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_TCP)?;
+    let any_port = SockaddrIn::new(127, 0, 0, 1, 0);
+    bind(own.as_raw_fd(), &any_port).map_err(|e| SysError::new("bind", "127.0.0.1", e))?;
+    let inode = fstat(&own).map_err(|e| SysError::new("fstat", "socket", e))?.st_ino as u32;
+    Ok(all()?.contains_key(&inode))
 }
 
 /// Ends a socket that nobody holds any more: what was left of it when its program was killed. Nothing happens if there is

@@ -31,6 +31,12 @@ impl Diag {
         };
         Ok(all.get(&ino).copied())
     }
+
+    /// After a connection was refused a socket still tells the port that the kernel had given it for that, and has given
+    /// to the next one since.
+    fn has_lost_port(&mut self, ino: u32) -> Result<bool, ObjectError> {
+        Ok(self.of(ino)?.is_none() && inet_diag::lists_bound()?)
+    }
 }
 
 /// The state of a TCP socket, from TCP_INFO: it is right where sock_diag(7) does not list a socket at all.
@@ -47,6 +53,8 @@ pub fn capture(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry) -> Re
         connection(seen, cx, entry)?;
     } else if cx.options.tcp_established && closed_was_connected(&seen.file, &info)? {
         cx.shelf.get::<Hold>().add(seen, Ends::of(entry, 0))?;
+    } else if entry.state == state::CLOSE && entry.src_port != 0 && cx.shelf.get::<Diag>().has_lost_port(entry.ino)? {
+        (entry.src_addr, entry.src_port) = (vec![0; entry.src_addr.len()], 0);
     }
     Ok(())
 }
