@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use e2e::{Program, Row, Workload, proc, reaper, rows, workload_rows};
+use e2e::{Claim, Program, Row, Workload, proc, reaper, rows, workload_rows};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -92,7 +92,7 @@ fn start_redis(keys: u32) -> (Program, u16) {
     // An empty `--save` switches snapshots off.
     let options = ["--bind", "127.0.0.1", "--save", "", "--enable-debug-command", "yes", "--dir", "."];
     let words = [&["/usr/bin/redis-server", "--port", &port_word][..], &options].concat();
-    let program = Workload::program(&words).start();
+    let program = Workload::program(&words).with(Claim::Ports).start();
     eventually("redis", || redis(port, "PING").filter(|answer| answer == "+PONG"));
     redis(port, &format!("DEBUG POPULATE {keys} key 200")).expect("filling redis");
     (program, port)
@@ -149,7 +149,8 @@ fn nginx(row: &Row) {
         command.arg(dir.join("nginx.conf"));
         command.stdin(std::process::Stdio::null()).stdout(out.try_clone().expect("dup")).stderr(out);
     };
-    let program = Program::start_with(&Workload::program(&["/usr/sbin/nginx", "-c"]), "setsid", start);
+    let program =
+        Program::start_with(&Workload::program(&["/usr/sbin/nginx", "-c"]).with(Claim::Ports), "setsid", start);
     let lines = |name: &str| fs::read_to_string(program.file(name)).unwrap_or_default().lines().count();
     eventually("nginx", || http(port, "/"));
     eventually("a master and four workers", || (program.tree().len() == 5).then_some(()));
@@ -175,7 +176,8 @@ fn nginx(row: &Row) {
 /// Timers, an HTTP server, a child and a worker thread.
 fn node(row: &Row) {
     let script = e2e::workload::workloads().join("server.js");
-    let program = Workload::program(&["/usr/bin/node", script.to_str().expect("a path"), "port"]).start();
+    let program =
+        Workload::program(&["/usr/bin/node", script.to_str().expect("a path"), "port"]).with(Claim::Ports).start();
     let port: u16 = eventually("node", || fs::read_to_string(program.file("port")).ok()?.parse().ok());
     let number = |answer: &str, name: &str| -> u64 {
         let (_, rest) = answer.split_once(&format!("\"{name}\":")).unwrap_or_else(|| panic!("no {name} in {answer}"));
@@ -200,7 +202,7 @@ fn node(row: &Row) {
 fn over_and_over(row: &Row) {
     let rounds = cycles().max(2);
     let mut workload = Workload::new("mixture.py", "everything").env("E2E_ROUNDS", &rounds.to_string());
-    workload.has_terminals = true;
+    workload.claims.push(Claim::Terminals);
     let mut program = workload.start();
     for round in 1..=rounds {
         row.cycle(&program);

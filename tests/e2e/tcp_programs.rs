@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use e2e::{Options, Program, Row, Workload, rows};
+use e2e::{Claim, Options, Program, Row, Workload, rows};
 
 fn cycles() -> u32 {
     env::var("E2E_CYCLES").map_or(3, |text| text.parse().expect("E2E_CYCLES is a number"))
@@ -83,7 +83,7 @@ fn redis(row: &Row) {
     let row = kept(row);
     let port = free_port().to_string();
     let words = ["/usr/bin/redis-server", "--port", &port, "--bind", "127.0.0.1", "--save", "", "--dir", "."];
-    let program = Workload::program(&words).start();
+    let program = Workload::program(&words).with(Claim::Ports).start();
     let mut observer = BufReader::new(connect(port.parse().expect("a port")));
     let mut processed = || -> u64 {
         observer.get_mut().write_all(b"INFO stats\r\n").expect("asking redis");
@@ -160,7 +160,7 @@ fn start_nginx(port: u16) -> Program {
         command.arg(dir.join("nginx.conf"));
         command.stdin(Stdio::null()).stdout(out.try_clone().expect("dup")).stderr(out);
     };
-    Program::start_with(&Workload::program(&["/usr/sbin/nginx", "-c"]), "setsid", start)
+    Program::start_with(&Workload::program(&["/usr/sbin/nginx", "-c"]).with(Claim::Ports), "setsid", start)
 }
 
 /// Clients that keep their connections, and one that downloads over all moves.

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use e2e::{Options, Program, Row, Workload, proc, reaper::POLL, rows, workload_rows};
+use e2e::{Claim, Options, Program, Row, Workload, proc, reaper::POLL, rows, workload_rows};
 use nix::{
     pty::{OpenptyResult, openpty},
     sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr},
@@ -49,7 +49,7 @@ fn on_terminal(workload: &Workload) -> (Program, File, OwnedFd) {
 
 /// What people do: a job in an interactive shell is dumped from outside, and the shell is told to restore it.
 fn job_of_a_shell(row: &Row) {
-    let shell = Workload::program(&["/bin/bash", "--norc", "--noediting", "-i"]).with_terminals();
+    let shell = Workload::program(&["/bin/bash", "--norc", "--noediting", "-i"]).with(Claim::Terminals);
     let (shell, mut terminal, _slave) = on_terminal(&shell);
     let job = Workload::new("terminals.py", "from_shell").command.join(OsStr::new(" "));
     writeln!(terminal, "{}", job.display()).expect("typing");

@@ -9,14 +9,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::{
-    fcntl::{Flock, FlockArg},
-    sys::wait::WaitStatus,
-};
+use nix::sys::wait::WaitStatus;
 use tempfile::TempDir;
 
 use crate::{
-    Workload, proc,
+    Workload,
+    claim::Claimed,
+    proc,
     reaper::{self, POLL},
 };
 
@@ -36,8 +35,8 @@ pub struct Program {
     dir: PathBuf,
     /// The same directory, where it goes with this program.
     owned_dir: Option<TempDir>,
-    /// Held while a program with terminals lives.
-    _terminals: Option<Flock<File>>,
+    /// What it has that there is one of for all.
+    _claims: Vec<Claimed>,
 }
 
 impl Program {
@@ -57,7 +56,7 @@ impl Program {
         reaper::become_subreaper();
         // What the test runner was started with is none of the program's: somebody outside holds the other end.
         close_fds::set_fds_cloexec(3, &[]);
-        let terminals = workload.has_terminals.then(lock_terminals);
+        let claims = workload.claims.iter().map(|claim| claim.take()).collect();
         let dir = TempDir::with_prefix("e2e-").expect("creating a directory");
         let mut words = setsid.split_whitespace();
         let mut command = Command::new(words.next().expect("a command"));
@@ -74,7 +73,7 @@ impl Program {
             steps: 0,
             dir: dir.path().to_owned(),
             owned_dir: Some(dir),
-            _terminals: terminals,
+            _claims: claims,
         };
         if workload.speaks {
             program.wait_for_word("ready 1");
@@ -85,7 +84,7 @@ impl Program {
     /// A process below this one as a program of its own, in the same directory: the job of a shell.
     pub fn part(&self, pid: i32) -> Self {
         let name = format!("{} (part {pid})", self.name);
-        Self { name, pid, steps: 0, dir: self.dir.clone(), owned_dir: None, _terminals: None }
+        Self { name, pid, steps: 0, dir: self.dir.clone(), owned_dir: None, _claims: Vec::new() }
     }
 
     /// The pid of its first process.
@@ -207,15 +206,6 @@ impl Program {
         left.extend(reaper::wait_gone(&strays, Duration::from_secs(10)));
         assert!(left.is_empty(), "{}: still there after the dump: {left:?}", self.name);
     }
-}
-
-/// Keeps all other programs with terminals waiting, those of another run of the tests as well: the numbers of terminals
-/// are the system's.
-fn lock_terminals() -> Flock<File> {
-    let name = std::env::temp_dir().join("criu-ebpf-e2e-terminals.lock");
-    let file = File::create(&name).unwrap_or_else(|error| panic!("creating {}: {error}", name.display()));
-    Flock::lock(file, FlockArg::LockExclusive)
-        .unwrap_or_else(|(_, error)| panic!("locking {}: {error}", name.display()))
 }
 
 impl Drop for Program {

@@ -9,7 +9,7 @@ use std::{
     time::SystemTime,
 };
 
-use crate::Program;
+use crate::{Program, claim::Claim};
 
 /// A program that is still to be started: a file of `tests/workloads/` and the case in it.
 #[derive(Clone, Debug)]
@@ -22,9 +22,8 @@ pub struct Workload {
     pub environment: Vec<(String, String)>,
     /// Whether it takes part in the protocol of `lib.py` and `e2e.h`; other programs are ready when started.
     pub speaks: bool,
-    /// Whether it has pseudo-terminals. Their numbers are the system's, and the lowest free one is the next: a number
-    /// that a dump has freed must still be free for the restore, so one program at a time has terminals.
-    pub has_terminals: bool,
+    /// What it has that there is one of for all.
+    pub claims: Vec<Claim>,
 }
 
 impl Workload {
@@ -37,8 +36,9 @@ impl Workload {
             vec![compile(&source).into_os_string()]
         };
         command.push(case.into());
-        let has_terminals = file.starts_with("terminals");
-        Self { command, name: format!("{file} {case}"), environment: Vec::new(), speaks: true, has_terminals }
+        let known = [("terminals", Claim::Terminals), ("tcp", Claim::Ports), ("inet", Claim::Ports)];
+        let claims = known.iter().filter(|(start, _)| file.starts_with(start)).map(|&(_, claim)| claim).collect();
+        Self { command, name: format!("{file} {case}"), environment: Vec::new(), speaks: true, claims }
     }
 
     /// Any other program of the system.
@@ -48,7 +48,7 @@ impl Workload {
             name: command.join(" "),
             environment: Vec::new(),
             speaks: false,
-            has_terminals: false,
+            claims: Vec::new(),
         }
     }
 
@@ -64,9 +64,9 @@ impl Workload {
         self
     }
 
-    /// Says that it has pseudo-terminals.
-    pub fn with_terminals(mut self) -> Self {
-        self.has_terminals = true;
+    /// Says that it lays claim to something.
+    pub fn with(mut self, claim: Claim) -> Self {
+        self.claims.push(claim);
         self
     }
 
