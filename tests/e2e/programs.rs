@@ -106,7 +106,7 @@ fn redis_keeps_its_data(row: &Row) {
         row.cycle(&program);
         assert_eq!(redis(port, "DEBUG DIGEST").as_deref(), Some(&*digest), "the data changed");
         redis(port, &format!("SET extra {number}")).expect("writing");
-        assert_eq!(redis(port, "GET extra"), Some(format!("$1\r\n{number}")));
+        assert_eq!(redis(port, "GET extra"), Some(format!("${}\r\n{number}", number.to_string().len())));
         redis(port, "DEL extra").expect("deleting");
     }
     kill(Pid::from_raw(program.pid()), Signal::SIGTERM).expect("SIGTERM");
