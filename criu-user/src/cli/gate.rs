@@ -103,8 +103,10 @@ fn clear(names: &[String], older_than: Duration) -> Outcome {
         if let Some(found) = Gate::find(&gate.name)? {
             found.unlock()?;
             found.remove()?;
-            say(format_args!("{} is open", gate.name));
+        } else {
+            gate.discard()?;
         }
+        say(format_args!("{} is open", gate.name));
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -162,12 +162,15 @@ impl Gate {
     /// Takes it away from the interfaces, for good. The kernel needs some ten milliseconds for each: who is in a hurry
     /// unlocks it first.
     pub fn remove(self) -> EbpfResult<()> {
-        let Some(dir) = &self.pinned else { return Ok(()) };
-        fs::remove_dir_all(dir).map_err(pinning(dir, "rmdir"))?;
-        // The last one takes the directory of all along.
-        let _ = fs::remove_dir(GATES);
-        Ok(())
+        self.pinned.as_deref().map_or(Ok(()), unpin)
     }
+}
+
+fn unpin(dir: &Path) -> EbpfResult<()> {
+    fs::remove_dir_all(dir).map_err(pinning(dir, "rmdir"))?;
+    // The last one takes the directory of all along.
+    let _ = fs::remove_dir(GATES);
+    Ok(())
 }
 
 /// A gate that stays closed though nobody works with it.
@@ -177,6 +180,13 @@ pub struct Pinned {
     pub name: String,
     /// For how long it has been.
     pub age: Duration,
+}
+
+impl Pinned {
+    /// Takes away what is left of one that holds nothing: its engine was killed while it made or removed it.
+    pub fn discard(&self) -> EbpfResult<()> {
+        unpin(&Path::new(GATES).join(&self.name))
+    }
 }
 
 /// All gates that are pinned.
