@@ -14,7 +14,10 @@ pub mod image;
 #[expect(unsafe_code, reason = "the room for raw system calls")]
 pub mod kernel;
 pub mod object;
+pub mod lineage;
 pub mod observer;
 pub mod plan;
+pub mod predump;
 pub mod restore;
+pub mod track;
 mod waiting;
