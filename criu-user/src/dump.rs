@@ -189,7 +189,7 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
         warn!(%err, "the dump is good, but has no statistics");
     }
     let Summary { frozen, total, pages_written: pages, bytes_per_second, .. } = summary;
-    info!(?frozen, pages, bytes = bytes_written, bytes_per_second, ?total, "dump finished");
+    info!(?frozen, pages, in_parent = summary.pages_in_parent, bytes = bytes_written, bytes_per_second, ?total, "dump finished");
     Ok(summary)
 }
 
