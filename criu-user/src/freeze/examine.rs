@@ -98,7 +98,8 @@ pub(super) fn examine(pid: Pid, seized: &mut Seized) -> Result<FrozenProcess, Fr
     }
     // One that was stopped already changes nothing; else it stands where it is about to stop. It cannot be blocked, so a
     // restore could not keep it pending.
-    if take_stop(&mut pending) | threads.iter_mut().any(|thread| take_stop(&mut thread.pending)) {
+    let queues = std::iter::once(&mut pending).chain(threads.iter_mut().map(|thread| &mut thread.pending));
+    if queues.fold(false, |found, queue| take_stop(queue) || found) {
         group_stop = group_stop.or(Some(libc::SIGSTOP));
     }
     let pidfd = if shown.by == pid { PidFd::open(pid)? } else { PidFd::open_by_thread(shown.by)? };
