@@ -30,6 +30,13 @@ static char *anonymous(size_t size, int flags)
 	return area;
 }
 
+/* Without a place for what remains of the time: the kernel would write there when it is interrupted. */
+static void nap(void)
+{
+	struct timespec time = { 0, 1000000 };
+	nanosleep(&time, NULL);
+}
+
 static void scribble(char *at)
 {
 	*(unsigned long *)at = seed + 1;
@@ -121,7 +128,7 @@ static pid_t child(void (*step)(pid_t parent))
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	for (;;) {
 		step(parent);
-		pause_ms(1);
+		nap();
 	}
 }
 
@@ -376,7 +383,7 @@ static void forks(void)
 			prctl(PR_SET_PDEATHSIG, SIGKILL);
 			for (;;) {
 				scribble(inherited + any(PAGES) * PAGE);
-				pause_ms(1);
+				nap();
 			}
 		}
 	}
@@ -459,7 +466,7 @@ static void *scribbler(void *number)
 	seed = (unsigned long)number;
 	for (;;) {
 		stores();
-		pause_ms(1);
+		nap();
 	}
 	return NULL;
 }
@@ -487,7 +494,7 @@ int main(int argc, char **argv)
 		for (size_t n = 0; n < WAYS; n++)
 			if (everything || !strcmp(argv[1], ways[n].name))
 				ways[n].step();
-		pause_ms(1);
+		nap();
 	}
 	say("ok\n");
 	/* Children die with the program. */

@@ -98,19 +98,20 @@ pub(super) fn examine(pid: Pid, seized: &mut Seized) -> Result<FrozenProcess, Fr
     }
     // One that was stopped already changes nothing; else it stands where it is about to stop. It cannot be blocked, so a
     // restore could not keep it pending.
-    let queues = std::iter::once(&mut pending).chain(threads.iter_mut().map(|thread| &mut thread.pending));
-    if queues.fold(false, |found, queue| take_stop(queue) || found) {
+    let mut queues: Vec<_> = threads.iter_mut().map(|thread| &mut thread.pending).collect();
+    queues.push(&mut pending);
+    if queues.into_iter().filter_map(take_stop).count() > 0 {
         group_stop = group_stop.or(Some(libc::SIGSTOP));
     }
     let pidfd = if shown.by == pid { PidFd::open(pid)? } else { PidFd::open_by_thread(shown.by)? };
     Ok(FrozenProcess { pid, shown, stat, threads, pending, group_stop, memory, pidfd, children: children_of(pid) })
 }
 
-/// Takes SIGSTOP out of a queue; tells whether it was there.
-fn take_stop(queue: &mut Vec<[u8; ptrace::SIGINFO_LEN]>) -> bool {
+/// Takes SIGSTOP out of a queue, if it is there.
+fn take_stop(queue: &mut Vec<[u8; ptrace::SIGINFO_LEN]>) -> Option<()> {
     let before = queue.len();
     queue.retain(|info| i32::from_le_bytes([info[0], info[1], info[2], info[3]]) != libc::SIGSTOP);
-    queue.len() != before
+    (queue.len() != before).then_some(())
 }
 
 /// Where the first thread has ended, only its name and how it ended are its own.

@@ -96,7 +96,7 @@ mod tests {
 
     #[test]
     fn bytes_come_back_and_nonsense_does_not() {
-        let pages = set(&[(0x7fff_ffff_0, 0x7fff_ffff_f), (12, 13)]);
+        let pages = set(&[(0x7_ffff_fff0, 0x7_ffff_ffff), (12, 13)]);
         assert_eq!(PageSet::from_bytes(&pages.to_bytes()), Some(pages));
         assert_eq!(PageSet::from_bytes(b"nonsense that is long enough"), None);
     }
