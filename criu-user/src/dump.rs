@@ -17,10 +17,10 @@ use crate::kernel::proc::Shown;
 use crate::kernel::survey::{PAGE, Vma};
 use crate::kernel::surveyor::{Source, SurveyError, Surveyor};
 use crate::kernel::threads::ThreadRecords;
+use crate::lineage::{Lineage, LineageError, Tracking};
 use crate::object::cgroup::Manage;
 use crate::object::file::Capture;
 use crate::object::ghost::{self, Links};
-use crate::lineage::{Lineage, LineageError, Tracking};
 use crate::object::memory::{Pages, Past};
 use crate::object::outside::{External, Inherit};
 use crate::object::tcp::{Hold, NetworkLock};
@@ -162,8 +162,15 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
     let (processes, threads) = (frozen.processes.len(), frozen.processes.iter().map(|p| p.threads.len()).sum());
     info!(processes, threads, took = ?frozen.took, "the tree stands still");
     let writing = Instant::now();
-    let (pages, links, hold) =
-        write_images(options, observer, &dir, &frozen, &mut surveyor, hold, Past { history, arms: lineage.is_tracked() })?;
+    let (pages, links, hold) = write_images(
+        options,
+        observer,
+        &dir,
+        &frozen,
+        &mut surveyor,
+        hold,
+        Past { history, arms: lineage.is_tracked() },
+    )?;
     let writing = writing.elapsed();
     info!(pages = pages.written, took = ?writing, "images are written");
     let freezing = frozen.took;
@@ -189,7 +196,15 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
         warn!(%err, "the dump is good, but has no statistics");
     }
     let Summary { frozen, total, pages_written: pages, bytes_per_second, .. } = summary;
-    info!(?frozen, pages, in_parent = summary.pages_in_parent, bytes = bytes_written, bytes_per_second, ?total, "dump finished");
+    info!(
+        ?frozen,
+        pages,
+        in_parent = summary.pages_in_parent,
+        bytes = bytes_written,
+        bytes_per_second,
+        ?total,
+        "dump finished"
+    );
     Ok(summary)
 }
 

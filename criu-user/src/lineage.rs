@@ -8,9 +8,9 @@ use tracing::{debug, info, warn};
 
 use crate::image::proto::InventoryEntry;
 use crate::image::{ImageDir, ImageError};
+use crate::kernel::SysResult;
 use crate::kernel::page_set::PageSet;
 use crate::kernel::proc;
-use crate::kernel::SysResult;
 use crate::object::memory::History;
 use crate::track::TrackError;
 use crate::track::client::Client;

@@ -151,7 +151,8 @@ fn copy_process(
     counts: &mut Counts,
 ) -> Result<(), PreDumpError> {
     let image = PagesWriter::create(dir, ImageKind::Pagemap.id(shown.pid.as_raw() as u64), pages_id)?;
-    let opened = || Ok::<_, SysError>((survey::layout_of(shown.by)?, PageMap::open(shown.by)?, ProcessMemory::open(shown.by)?));
+    let opened =
+        || Ok::<_, SysError>((survey::layout_of(shown.by)?, PageMap::open(shown.by)?, ProcessMemory::open(shown.by)?));
     let Ok((areas, mut map, memory)) = opened() else {
         image.finish()?;
         return Ok(());

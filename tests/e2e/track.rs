@@ -5,11 +5,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use e2e::{
-    Bytes, Engine, Look, Options, Program, Row, Workload,
-    bytes::signal,
-    rows,
-};
+use e2e::{Bytes, Engine, Look, Options, Program, Row, Workload, bytes::signal, rows};
 use nix::sys::signal::Signal;
 
 use crate::killed::Moments;

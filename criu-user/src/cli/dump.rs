@@ -19,9 +19,9 @@ use crate::dump::{self, DumpOptions, Summary};
 use crate::freeze::Release;
 use crate::image::{self, ImageDir};
 use crate::kernel::surveyor::Source;
+use crate::lineage::Tracking;
 use crate::object::cgroup::Manage;
 use crate::object::outside::{External, Inherit};
-use crate::lineage::Tracking;
 use crate::object::tcp::NetworkLock;
 use crate::predump::{self, PreDumpOptions};
 

@@ -185,7 +185,9 @@ pub fn freeze(root: Pid, limit: Duration, group: Option<&Path>) -> Result<Frozen
 /// seen half done by others.
 pub fn freeze_alone(pid: Pid, limit: Duration) -> Result<Frozen, FreezeError> {
     check_root(pid)?;
-    freeze_by_turns(Instant::now(), limit, |since, deadline| attempt(&|| Ok(vec![pid]), since, deadline, Seized::default()))
+    freeze_by_turns(Instant::now(), limit, |since, deadline| {
+        attempt(&|| Ok(vec![pid]), since, deadline, Seized::default())
+    })
 }
 
 fn freeze_by_turns(

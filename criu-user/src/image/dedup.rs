@@ -45,7 +45,8 @@ fn punch(newest: &Layer, older: &Layer) -> Result<u64, ImageError> {
             }
         };
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        fallocate(&*file, flags, offset as i64, len as i64).map_err(|errno| failed("fallocate", offset, errno.into()))?;
+        fallocate(&*file, flags, offset as i64, len as i64)
+            .map_err(|errno| failed("fallocate", offset, errno.into()))?;
         freed += len;
     }
     Ok(freed)

@@ -49,7 +49,9 @@ pub enum TrackError {
         pid: i32,
     },
     /// The other side does not keep to the protocol: another version, mostly.
-    #[error("the session of process {pid} does not answer as expected ({what}); end it with `criu-ebpf track --stop {pid}` and start it again")]
+    #[error(
+        "the session of process {pid} does not answer as expected ({what}); end it with `criu-ebpf track --stop {pid}` and start it again"
+    )]
     Protocol {
         /// The root of the tree.
         pid: i32,

@@ -238,8 +238,10 @@ impl Shared {
                 let look = found.looks.get(&memory.pid).copied().unwrap_or_default();
                 ProcessReport {
                     pid: memory.pid.as_raw(),
-                    comm: String::from_utf8_lossy(&crate::kernel::proc::comm(memory.pid, memory.pid).unwrap_or_default())
-                        .into_owned(),
+                    comm: String::from_utf8_lossy(
+                        &crate::kernel::proc::comm(memory.pid, memory.pid).unwrap_or_default(),
+                    )
+                    .into_owned(),
                     written_bytes_per_second: per_second(look.written),
                     pending_bytes: memory.written() * PAGE,
                     working_set_bytes: look.again * PAGE,
