@@ -131,7 +131,7 @@ pub fn restore(options: &RestoreOptions, observer: &dyn Observer) -> Result<Summ
 struct ProcessImages {
     entry: PstreeEntry,
     core: CoreEntry,
-    mm: MmEntry,
+    mm: Rc<MmEntry>,
     fs: FsEntry,
     ids: TaskKobjIdsEntry,
 }
@@ -219,7 +219,7 @@ fn read_processes(
         processes.push(ProcessImages {
             entry: entry.clone(),
             core: core.clone(),
-            mm: dir.read_one(ImageKind::Mm.id(pid))?,
+            mm: Rc::new(dir.read_one(ImageKind::Mm.id(pid))?),
             fs: dir.read_one(ImageKind::Fs.id(pid))?,
             ids: match &core.ids {
                 Some(ids) => *ids,
