@@ -363,7 +363,7 @@ fn the_memory_map_has_a_witness_that_sees_all_writers() {
     assert_eq!(watch.map_sequence(program.pid()).expect("ask"), Some(first), "nobody did anything");
     program.run("m = mmap.mmap(-1, 1 << 20)");
     let second = watch.map_sequence(program.pid()).expect("ask").expect("a number");
-    assert!(second != first && second % 2 == 0, "{first} {second}");
+    assert!(second != first && second.is_multiple_of(2), "{first} {second}");
     assert_eq!(watch.map_sequence(Pid::from_raw(0x3f_fff0)).expect("ask"), None);
 }
 
