@@ -7,6 +7,7 @@
 //! | `lifecycle.rs` | who forks, executes, ends; keeps the set |
 //! | `memory.rs` | where is written for the first time since it was protected |
 //! | `syscalls.rs` | which kinds of state are touched, and by which call it becomes undumpable |
+//! | `sockets.rs` | how connections move |
 //!
 //! These run at every system call, fault and segment of the whole machine, so what comes first is the way out for
 //! those that nobody watches: a load of the process number, and one of a byte in the *sieve*. Only where that is set
@@ -22,6 +23,7 @@ mod follow;
 mod ids;
 mod lifecycle;
 mod memory;
+mod sockets;
 mod syscalls;
 mod tracked;
 

@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use criu_user::kernel::ebpf::watch::{Event, Generations, Kind, Questions, Watch, What};
+use criu_user::kernel::ebpf::watch::{Connection, Event, Generations, Kind, Questions, Watch, What};
 use nix::unistd::Pid;
 
 /// A Python that does what it is told, a line at a time.
@@ -276,6 +276,152 @@ fn calls_that_make_a_dump_impossible_are_reported() {
             if line.contains("AF_PACKET") {
                 assert_eq!(call.arguments[..2], [17, 3 | 0o2000000], "{call:?}");
             }
+        }
+    }
+}
+
+/// A connection of the program with a server of the test, and both their ends.
+const CONNECT: &str =
+    "l = socket.create_server(('127.0.0.1', 0)); c = socket.create_connection(l.getsockname()); s, _ = l.accept()";
+
+fn cookie(program: &mut Program, socket: &str) -> u64 {
+    const SO_COOKIE: u32 = 57;
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let path = file.path().display();
+    program.run(&format!(
+        "open('{path}', 'w').write(str(int.from_bytes({socket}.getsockopt(1, {SO_COOKIE}, 8), sys.byteorder)))"
+    ));
+    std::fs::read_to_string(file.path()).expect("read it").parse().expect("a number")
+}
+
+#[test]
+#[ignore = "needs root and the eBPF programs: cargo xtask test"]
+fn sockets_are_followed_through_their_states_and_queues() {
+    const ESTABLISHED: u32 = 1;
+    const FIN_WAIT1: u32 = 4;
+    const CLOSE_WAIT: u32 = 8;
+    const LISTEN: u32 = 10;
+    let mut program = Program::new();
+    let mut other = Program::new();
+    let mut watch = Watch::start(Questions::SOCKETS).expect("load sockets alone");
+    assert_eq!(watch.missing(), [""; 0]);
+    watch.follow(program.pid()).expect("follow");
+    other.run(CONNECT);
+    program.run(CONNECT);
+    let states: Vec<_> = std::iter::from_fn(|| watch.try_next())
+        .filter_map(|event| match event.what {
+            What::Socket { cookie, from, to } => Some((event.pid, cookie, from, to)),
+            _ => None,
+        })
+        .collect();
+    let (listener, client, server) = (cookie(&mut program, "l"), cookie(&mut program, "c"), cookie(&mut program, "s"));
+    let pid = program.pid();
+    let expected = [(pid, listener, 7, LISTEN), (pid, client, 7, 2), (pid, client, 2, 1), (pid, server, 3, 1)];
+    assert!(states.len() == 4 && expected.iter().all(|state| states.contains(state)), "{states:?}");
+    program.run("c.send(b'x' * 1000); time.sleep(0.01); s.recv(300)");
+    let find = |all: &[Connection], cookie| *all.iter().find(|c| c.cookie == Some(cookie)).expect("a connection");
+    let all = watch.connections().expect("the sockets");
+    assert_eq!(all.len(), 3, "{all:?}");
+    let (listener_now, client_now, server_now) = (find(&all, listener), find(&all, client), find(&all, server));
+    assert_eq!((listener_now.state, listener_now.unread), (LISTEN, 0));
+    assert_eq!((client_now.state, client_now.pid), (ESTABLISHED, pid));
+    assert_eq!((client_now.remote, server_now.remote), (listener_now.local, client_now.local));
+    assert_eq!((client_now.sent, client_now.received, client_now.unacknowledged), (1000, 0, 0));
+    assert_eq!((server_now.sent, server_now.received, server_now.unread), (0, 1000, 700));
+    // Nobody accepts it.
+    program.run("d = socket.create_connection(l.getsockname()); time.sleep(0.01)");
+    assert_eq!(find(&watch.connections().expect("the sockets"), listener).unread, 1);
+    program.run("s.recv(5000); c.close()");
+    wait_for(&mut watch, "state", |e| e.what == What::Socket { cookie: client, from: ESTABLISHED, to: FIN_WAIT1 });
+    program.run("s.close(); l.close(); d.close()");
+    assert_eq!(watch.connections().expect("the sockets"), []);
+    // Those that were there before are known as soon as somebody looks.
+    watch.follow(other.pid()).expect("follow");
+    let all = watch.connections().expect("the sockets");
+    assert_eq!(all.len(), 3, "{all:?}");
+    let old = cookie(&mut other, "s");
+    while watch.try_next().is_some() {}
+    other.run("c.shutdown(socket.SHUT_WR); time.sleep(0.01)");
+    let wanted = What::Socket { cookie: old, from: ESTABLISHED, to: CLOSE_WAIT };
+    assert_eq!(wait_for(&mut watch, "state", |e| e.what == wanted).pid, other.pid());
+    other.run("e = socket.create_connection(l.getsockname()); f, _ = l.accept()");
+    let accepted = cookie(&mut other, "f");
+    let wanted = What::Socket { cookie: accepted, from: 3, to: ESTABLISHED };
+    assert_eq!(wait_for(&mut watch, "state", |e| e.what == wanted).pid, other.pid());
+    assert_eq!(watch.lost().expect("losses"), Default::default());
+}
+
+#[test]
+#[ignore = "needs root and the eBPF programs: cargo xtask test"]
+fn the_memory_map_has_a_witness_that_sees_all_writers() {
+    let mut program = Program::new();
+    let mut watch = Watch::start(Questions::empty()).expect("load the iterator alone");
+    let Some(first) = watch.map_sequence(program.pid()).expect("ask") else {
+        eprintln!("this kernel keeps no such number");
+        return;
+    };
+    assert_eq!(watch.map_sequence(program.pid()).expect("ask"), Some(first), "nobody did anything");
+    program.run("m = mmap.mmap(-1, 1 << 20)");
+    let second = watch.map_sequence(program.pid()).expect("ask").expect("a number");
+    assert!(second != first && second.is_multiple_of(2), "{first} {second}");
+    assert_eq!(watch.map_sequence(Pid::from_raw(0x3f_fff0)).expect("ask"), None);
+}
+
+/// Nanoseconds of processor time that a call takes, in the best of many rounds: others use this machine as well.
+fn each(calls: u32, call: &mut dyn FnMut()) -> f64 {
+    const ROUNDS: u32 = 60;
+    let clock = || nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID).expect("the clock");
+    let round = |_| {
+        let begin = clock();
+        (0..calls).for_each(|_| call());
+        Duration::from(clock() - begin).as_nanos() as f64 / f64::from(calls)
+    };
+    (0..ROUNDS).map(round).fold(f64::INFINITY, f64::min)
+}
+
+/// What the programs cost: for a process that nobody follows, and for one that is followed. Printed, and held to what is
+/// promised as far as a busy machine can tell.
+#[test]
+#[ignore = "needs root and the eBPF programs: cargo xtask test"]
+fn what_it_costs() {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+    use nix::unistd::{dup, getppid, read, write};
+    let own = Pid::this();
+    let zero = std::fs::File::open("/dev/zero").expect("open");
+    let (a, b) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::empty()).expect("a pair");
+    let mut page = [0u8; 4096];
+    let mut measure = || {
+        let nothing = each(5_000, &mut || _ = getppid());
+        let touching = each(2_000, &mut || drop(dup(&zero)));
+        let page_read = each(5_000, &mut || _ = read(&zero, &mut page));
+        let round_trip = each(2_000, &mut || {
+            write(&a, b"0123456789").expect("write");
+            read(&b, &mut [0; 10]).expect("read");
+        });
+        [nothing, touching, page_read, round_trip]
+    };
+    for (name, questions) in [
+        ("lifecycle", Questions::LIFECYCLE),
+        ("memory", Questions::LIFECYCLE | Questions::MEMORY),
+        ("syscalls", Questions::LIFECYCLE | Questions::SYSCALLS),
+        ("sockets", Questions::LIFECYCLE | Questions::SOCKETS),
+        ("all", Questions::all()),
+    ] {
+        let before = measure();
+        let mut watch = Watch::start(questions).expect("load");
+        let others = measure();
+        watch.follow(own).expect("follow");
+        let tracked = measure();
+        drop(watch);
+        let after = measure();
+        let what = ["getppid", "dup and close", "read of a page", "write and read of a pair"];
+        for (at, what) in what.iter().enumerate() {
+            let bare = (before[at] + after[at]) / 2.0;
+            println!(
+                "{name:<10} {what:<25} {bare:7.1} ns; others {:+6.1} ns; followed {:+6.1} ns",
+                others[at] - bare,
+                tracked[at] - bare
+            );
         }
     }
 }

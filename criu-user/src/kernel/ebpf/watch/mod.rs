@@ -8,11 +8,13 @@
 //! which generations can be believed and what it costs: docs/tracking.md.
 
 mod calls;
+mod connections;
 mod counts;
 mod events;
 mod plain;
 mod programs;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
@@ -21,10 +23,11 @@ use aya::maps::{Array, HashMap, MapData, PerCpuArray, PerCpuHashMap, RingBuf};
 use aya::programs::Iter;
 use aya::{Btf, Ebpf};
 pub use criu_common::watch::Kind;
-use criu_common::watch::{BlockKey, Faults, Followed, Loss, MOST_PROCESSES, Order, Process};
+use criu_common::watch::{BlockKey, Faults, Followed, Loss, MOST_PROCESSES, Order, Process, Socket};
 use nix::unistd::Pid;
 use tokio::io::unix::AsyncFd;
 
+pub use connections::Connection;
 pub use counts::{BlockFaults, FaultTotals, Generations, Lost, Tracked};
 pub use events::{Call, Event, What};
 use plain::{Plain, read};
@@ -181,8 +184,13 @@ impl Watch {
     /// Has the iterator look at one process; `None` if there is no such process.
     fn run(&mut self, pid: Pid, order: Order) -> EbpfResult<Option<Followed>> {
         self.order.set(0, order as u32, 0).map_err(failed("write the map", "ORDER"))?;
-        let iterator: &mut Iter = programs::program(&mut self.object, programs::FOLLOW)?;
-        let fd = iterator.fd().map_err(failed("use", programs::FOLLOW))?;
+        Ok(self.iterate(programs::FOLLOW, pid)?.and_then(|bytes| read(&bytes)))
+    }
+
+    /// What an iterator writes about one process; `None` if there is no such process.
+    fn iterate(&mut self, program: &'static str, pid: Pid) -> EbpfResult<Option<Vec<u8>>> {
+        let iterator: &mut Iter = programs::program(&mut self.object, program)?;
+        let fd = iterator.fd().map_err(failed("use", program))?;
         let output = match bpf::iterate(fd.as_fd(), pid.as_raw() as u32) {
             Err((_, e)) if [Some(libc::ESRCH), Some(libc::ENOENT)].contains(&e.raw_os_error()) => return Ok(None),
             other => {
@@ -190,9 +198,9 @@ impl Watch {
             }
         };
         let mut bytes = Vec::new();
-        let failed = |source| EbpfError::Read { program: programs::FOLLOW, pid: pid.as_raw(), source };
+        let failed = |source| EbpfError::Read { program, pid: pid.as_raw(), source };
         File::from(output).read_to_end(&mut bytes).map_err(failed)?;
-        Ok(read(&bytes))
+        Ok(Some(bytes))
     }
 
     /// The tracked set, from the kernel.
@@ -255,6 +263,28 @@ impl Watch {
     /// Write faults of each process since it is watched.
     pub fn fault_totals(&self) -> EbpfResult<Vec<(Pid, FaultTotals)>> {
         Ok(self.tracked()?.into_iter().map(|process| (process.pid, process.faults)).collect())
+    }
+
+    /// The TCP sockets that tracked processes have open at this moment, each once. From now on changes of their states
+    /// come as events also of those that were there before; [`Questions::SOCKETS`] must be asked.
+    pub fn connections(&mut self) -> EbpfResult<Vec<Connection>> {
+        let mut by_inode = BTreeMap::new();
+        for process in self.tracked()? {
+            let Some(bytes) = self.iterate(programs::CONNECTIONS, process.pid)? else { continue };
+            for record in bytes.chunks_exact(size_of::<Socket>()) {
+                if let Some(socket) = read::<Socket>(record) {
+                    by_inode.entry(socket.inode).or_insert_with(|| Connection::new(&socket));
+                }
+            }
+        }
+        Ok(by_inode.into_values().collect())
+    }
+
+    /// Sequence number of the writers of a process's memory map: as long as it stays the same, no area was made, changed or
+    /// removed, by whomever. Odd while somebody writes. `None` where the kernel keeps none (CONFIG_PER_VMA_LOCK, since
+    /// Linux 6.13) or the process is gone. Needs no question.
+    pub fn map_sequence(&mut self, pid: Pid) -> EbpfResult<Option<u32>> {
+        Ok(self.run(pid, Order::Tell)?.map(|answer| answer.map_sequence).filter(|sequence| *sequence != 0))
     }
 
     /// What could not be noted.

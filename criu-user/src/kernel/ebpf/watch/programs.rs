@@ -31,6 +31,8 @@ bitflags::bitflags! {
         const MEMORY = 2;
         /// Which kinds of state are touched.
         const SYSCALLS = 4;
+        /// How connections move.
+        const SOCKETS = 8;
     }
 }
 
@@ -59,10 +61,15 @@ pub const TABLE: &[Entry] = &[
     entry(Questions::MEMORY, "watch_fault_user", "page_fault_user", true),
     entry(Questions::MEMORY, "watch_fault_kernel", "page_fault_kernel", true),
     entry(Questions::SYSCALLS, "watch_sys_exit", "sys_exit", true),
+    entry(Questions::SOCKETS, "watch_socket_state", "inet_sock_set_state", true),
+    entry(Questions::SOCKETS, "watch_socket_end", "tcp_destroy_sock", true),
 ];
 
 /// The iterator that keeps the set by hand.
 pub const FOLLOW: &str = "watch_follow";
+
+/// The iterator over the TCP sockets of a process.
+pub const CONNECTIONS: &str = "watch_sockets";
 
 /// What aya says, as an error of ours.
 pub fn failed<E: Into<aya::EbpfError>>(doing: &'static str, on: impl Into<String>) -> impl FnOnce(E) -> EbpfError {
@@ -116,10 +123,16 @@ pub fn attach(object: &mut Ebpf, kernel: &Btf, questions: Questions) -> EbpfResu
         }
         program.attach().map_err(failed("attach", entry.program))?;
     }
+    if questions.contains(Questions::SOCKETS) {
+        let iterator: &mut Iter = program(object, CONNECTIONS)?;
+        if iterator.fd().is_err() {
+            iterator.load("task_file", kernel).map_err(failed("load", CONNECTIONS))?;
+        }
+    }
     Ok(missing)
 }
 
-/// Takes the programs of these questions away again.
+/// Takes the programs of these questions away again. Iterators stay: nothing runs them.
 pub fn detach(object: &mut Ebpf, questions: Questions) -> EbpfResult<()> {
     for entry in TABLE.iter().filter(|entry| questions.contains(entry.question)) {
         let program: &mut BtfTracePoint = program(object, entry.program)?;
