@@ -20,7 +20,7 @@ use crate::kernel::proc::Shown;
 use crate::kernel::survey::{self, PAGE};
 use crate::kernel::{SysError, fd};
 use crate::lineage::{Lineage, LineageError, Tracking};
-use crate::object::memory::{Clean, OWN_PAGES, Place, is_private};
+use crate::object::memory::{Clean, Place, is_private, own_pages};
 use crate::observer::{Moment, Objection, Observer, tell};
 use crate::track::TrackError;
 
@@ -164,7 +164,7 @@ fn copy_process(
         counts.scanned += area.len() / PAGE;
         regions.clear();
         // The process may have ended: then nothing is found.
-        if map.scan(area.start, area.end, OWN_PAGES, &mut regions).is_err() {
+        if map.scan(area.start, area.end, own_pages(area), &mut regions).is_err() {
             break;
         }
         for &region in &regions {

@@ -46,6 +46,52 @@ static void make_megabytes(void)
 	make_memory((size_t)count << 20);
 }
 
+/* A thread beside writes pages at random, at a steady rate; what it added to all of them together is known. */
+static volatile unsigned long added;
+static volatile int rest;
+
+static void *dirty(void *rate)
+{
+	size_t pages = words / 512;
+	unsigned long seed = 1, done = 0;
+	struct timespec begin, now;
+	clock_gettime(CLOCK_MONOTONIC, &begin);
+	while (!rest) {
+		clock_gettime(CLOCK_MONOTONIC, &now);
+		double seconds = (double)(now.tv_sec - begin.tv_sec) + (double)(now.tv_nsec - begin.tv_nsec) / 1e9;
+		/* What a pause made it miss is not made up for. */
+		if (done < (unsigned long)(seconds * (long)rate) && (unsigned long)(seconds * (long)rate) - done > 1000)
+			done = (unsigned long)(seconds * (long)rate);
+		for (; done < (unsigned long)(seconds * (long)rate); done++) {
+			seed = seed * 6364136223846793005UL + 1442695040888963407UL;
+			memory[(seed >> 20) % pages * 512]++;
+			added++;
+		}
+		pause_ms(1);
+	}
+	return NULL;
+}
+
+static pthread_t dirtier;
+
+static void make_dirtying(void)
+{
+	make_memory((size_t)count << 20);
+	CHECK(!pthread_create(&dirtier, NULL, dirty, (void *)5000L), "pthread_create");
+}
+
+static void check_dirtying(void)
+{
+	unsigned long sum = 0;
+	rest = 1;
+	CHECK(!pthread_join(dirtier, NULL), "pthread_join");
+	for (size_t i = 0; i < words; i++) {
+		CHECK(i % 512 == 0 || memory[i] == value(i), "word %zu of the memory changed", i);
+		sum += memory[i] - value(i);
+	}
+	CHECK(sum == added, "%lu was added to the memory, and it holds %lu", added, sum);
+}
+
 static void make_areas(void)
 {
 	make_memory((size_t)count * 4096);
@@ -193,6 +239,7 @@ static const struct {
 	void (*check)(void);
 } kinds[] = {
 	{ "small", nothing, nothing },		      { "memory", make_megabytes, check_memory },
+	{ "dirtying", make_dirtying, check_dirtying },
 	{ "areas", make_areas, check_memory },	      { "threads", make_threads, check_threads },
 	{ "processes", make_processes, check_processes }, { "descriptors", make_descriptors, check_descriptors },
 };

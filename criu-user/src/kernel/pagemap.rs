@@ -124,9 +124,11 @@ impl PageMap {
     /// the mode WP_ASYNC. Each is armed again in the step that finds it, while the process runs: a write is either seen
     /// by this call or by the next.
     pub fn fetch_written(&mut self, found: &mut Vec<Region>) -> SysResult<()> {
+        // Without asking for pages that are there, all that are not would count as written too, and the kernel would fill
+        // page tables with marks for them: gigabytes of tables for a large area that is hardly used.
         const WRITTEN: Query = Query {
             all: PageKind::WRITTEN,
-            any: PageKind::empty(),
+            any: PageKind::PRESENT.union(PageKind::SWAPPED),
             inverted: PageKind::empty(),
             report: PageKind::WRITTEN,
         };

@@ -124,6 +124,12 @@ impl Shown {
     }
 }
 
+/// Pages of a process that are in memory, files' included; 0 if it has ended.
+pub fn resident_pages(pid: Pid) -> u64 {
+    let text = read_text(&format!("/proc/{pid}/statm")).unwrap_or_default();
+    text.split_ascii_whitespace().nth(1).and_then(|word| word.parse().ok()).unwrap_or(0)
+}
+
 /// The processes of a tree, parents before children. One that forks meanwhile may be seen without its newest child.
 pub fn tree(root: Pid) -> Vec<Pid> {
     let mut order = vec![root];

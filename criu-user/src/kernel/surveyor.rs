@@ -9,7 +9,7 @@ use super::ebpf::{EbpfError, EbpfResult, EbpfSurvey};
 use super::known::{ITERATORS, Known};
 use super::probe::Absent;
 use super::proc::{self, Shown};
-use super::survey::{self, Descriptor, Vma};
+use super::survey::{self, Descriptor, PAGE, Vma};
 use super::threads::ThreadRecords;
 
 /// Which source the user wants.
@@ -57,6 +57,9 @@ pub enum Sleeps {
     Absent,
 }
 
+/// Memory from which on loading the programs pays: /proc/PID/smaps, which has the flags of areas, walks over all pages (50
+/// µs for a MiB).
+const WORTH_LOADING_PAGES: u64 = (48 << 20) / PAGE;
 /// Threads, areas and descriptors together from which on loading the programs (2 to 3 ms, before the freeze) pays.
 const WORTH_LOADING: usize = 400;
 
@@ -187,6 +190,9 @@ fn look(root: Pid) -> Look {
     while let Some(pid) = waiting.pop() {
         let threads = proc::threads(pid).unwrap_or_default();
         let areas = std::fs::read(format!("/proc/{pid}/maps")).map_or(0, |b| b.iter().filter(|&&c| c == b'\n').count());
+        if proc::resident_pages(pid) >= WORTH_LOADING_PAGES {
+            return Look::Large;
+        }
         size += areas + threads.len() + proc::descriptors(pid).map_or(0, |d| d.len());
         if size >= WORTH_LOADING {
             return Look::Large;

@@ -12,16 +12,17 @@ use nix::unistd::Pid;
 use super::TrackError;
 use super::install::install;
 use crate::kernel::page_set::PageSet;
-use crate::kernel::pagemap::{ADDRESSES_END, PageKind, PageMap, Query, Region};
+use crate::kernel::pagemap::{PageKind, PageMap, Query, Region};
 use crate::kernel::proc::Shown;
 use crate::kernel::survey::{self, PAGE, VmFlags, Vma};
 use crate::kernel::uffd::{Registered, WriteWatch};
 
-/// Pages that hold what nothing else does and whose writes nobody tracks.
+/// Pages that are there and whose writes nobody tracks. Areas that are tracked are passed over as a whole; and whether a
+/// page is a file's is not asked, for the kernel would look at every `struct page`.
 const UNTRACKED: Query = Query {
-    all: PageKind::FILE.union(PageKind::PFN_ZERO).union(PageKind::WP_ALLOWED),
+    all: PageKind::PFN_ZERO.union(PageKind::WP_ALLOWED),
     any: PageKind::PRESENT.union(PageKind::SWAPPED),
-    inverted: PageKind::FILE.union(PageKind::PFN_ZERO).union(PageKind::WP_ALLOWED),
+    inverted: PageKind::PFN_ZERO.union(PageKind::WP_ALLOWED),
     report: PageKind::empty(),
 };
 
@@ -119,12 +120,14 @@ impl Memory {
     /// a memory to watch.
     fn register_new(&mut self, by: Pid, map: &mut PageMap, latest: &mut PageSet) -> Result<bool, TrackError> {
         let Some(watch) = &self.watch else { return Ok(false) };
+        let areas = survey::layout_of(by)?;
         self.regions.clear();
-        map.scan(0, ADDRESSES_END, UNTRACKED, &mut self.regions)?;
+        for (start, end) in stretches(&areas) {
+            map.scan(start, end, UNTRACKED, &mut self.regions)?;
+        }
         if self.regions.is_empty() {
             return Ok(true);
         }
-        let areas = survey::layout_of(by)?;
         let mut regions = self.regions.iter().peekable();
         for area in areas.iter().filter(|area| is_tracked(area)) {
             let mut has_pages = false;
@@ -186,6 +189,23 @@ impl Memory {
 fn is_tracked(area: &Vma) -> bool {
     !area.flags.contains(VmFlags::SHARED)
         && !area.special().is_some_and(|name| name == "[vdso]" || name.starts_with("[vvar") || name == "[vsyscall]")
+}
+
+/// Stretches of addresses without anything that is not tracked, so that few scans serve many areas.
+fn stretches(areas: &[Vma]) -> Vec<(u64, u64)> {
+    let mut stretches: Vec<(u64, u64)> = Vec::new();
+    let mut broken = true;
+    for area in areas {
+        match (is_tracked(area), stretches.last_mut()) {
+            (false, _) => broken = true,
+            (true, Some(last)) if !broken => last.1 = area.end,
+            (true, _) => {
+                stretches.push((area.start, area.end));
+                broken = false;
+            }
+        }
+    }
+    stretches
 }
 
 /// A process that uses userfaultfd(2) itself needs its areas for itself.

@@ -14,7 +14,7 @@ mod plan;
 mod vdso;
 
 pub use area::{areas, is_private};
-pub use dump::{OWN_PAGES, Pages, dump_private, estimate};
+pub use dump::{Pages, dump_private, estimate, own_pages};
 pub use facts::plan_facts;
 pub use fill::OpenImage;
 pub use history::{Clean, History, Past, Place};
