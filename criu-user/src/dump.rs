@@ -28,6 +28,7 @@ use crate::object::{
     ObjectError, Refusal, apart, cgroup, clocks, fs, locks, memfd, memory, seccomp, shmem, task, tree, waits,
 };
 use crate::observer::{Moment, Objection, Observer, tell};
+use crate::track::predict::{self, Measured, Shape};
 
 /// What to dump, and how.
 #[derive(Debug, Clone)]
@@ -155,6 +156,7 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
         false => Hold::default(),
     };
     let (mut lineage, history) = Lineage::begin(options.pid, &options.tracking, &dir)?;
+    let shape = lineage.is_tracked().then(|| Shape::of_tree(options.pid));
     if options.release != Release::Kill {
         lineage.arming().map_err(LineageError::from)?;
     }
@@ -176,6 +178,10 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
     let freezing = frozen.took;
     let frozen = release(options, observer, &dir, frozen, hold, &lineage)?;
     links.keep();
+    if let Some(shape) = shape {
+        let shape = Shape { pages: pages.written + pages.in_parent, written: pages.written, ..shape };
+        predict::remember(&Measured { shape, frozen_us: frozen.as_micros() as u64 });
+    }
     go_on_from(options, lineage);
     let bytes_written = pages.written * PAGE;
     let summary = Summary {

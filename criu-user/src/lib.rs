@@ -19,5 +19,6 @@ pub mod observer;
 pub mod plan;
 pub mod predump;
 pub mod restore;
+pub mod rounds;
 pub mod track;
 mod waiting;

@@ -31,8 +31,6 @@ pub struct PreDumpOptions {
     pub pid: Pid,
     /// Where images go.
     pub images_dir: PathBuf,
-    /// Where statistics go.
-    pub work_dir: PathBuf,
     /// What these images build on.
     pub tracking: Tracking,
 }

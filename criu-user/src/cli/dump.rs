@@ -24,6 +24,7 @@ use crate::object::cgroup::Manage;
 use crate::object::outside::{External, Inherit};
 use crate::object::tcp::NetworkLock;
 use crate::predump::{self, PreDumpOptions};
+use crate::rounds::{self, Until};
 
 #[derive(Debug, Args)]
 pub(super) struct DumpArgs {
@@ -89,6 +90,54 @@ pub(super) struct DumpArgs {
     freeze_cgroup: Option<PathBuf>,
     #[command(flatten)]
     tracking: TrackingArgs,
+    #[command(flatten)]
+    moment: MomentArgs,
+}
+
+/// When to dump.
+#[derive(Debug, Args)]
+struct MomentArgs {
+    /// Wait for a moment in which the dump is expected to be shorter than it mostly was of late, for SECONDS at most
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, require_equals = true, default_missing_value = "30",
+          value_parser = clap::value_parser!(u64).range(1..))]
+    when_quiet: Option<u64>,
+    /// Pre-dump (into pre-dumps/1, 2, 3… below --images-dir) until the dump is expected to hold the tree no longer than
+    /// TIME, such as 50ms; if that cannot be, do not dump
+    #[arg(long, value_name = "TIME", value_parser = milliseconds)]
+    max_freeze: Option<Duration>,
+}
+
+impl MomentArgs {
+    /// Waits, and pre-dumps, as asked.
+    fn await_it(&self, options: &mut DumpOptions, watcher: &Watcher) -> Result<(), CliError> {
+        if let Some(seconds) = self.when_quiet
+            && !rounds::wait_until_quiet(options.pid, Duration::from_secs(seconds))?
+        {
+            tracing::warn!(seconds, "there was no quiet moment: dumping now");
+        }
+        let Some(limit) = self.max_freeze else { return Ok(()) };
+        let base = options.images_dir.join("pre-dumps");
+        std::fs::create_dir_all(&base).map_err(|source| CliError::WorkDirMake { path: base.clone(), source })?;
+        options.tracking.track_mem = true;
+        let mut tracking = options.tracking.clone();
+        // `base` is one directory deeper than the images, from which the user's path starts.
+        tracking.prev_images_dir = tracking.prev_images_dir.map(|parent| Path::new("..").join(parent));
+        let rounds = rounds::pre_dumps(options.pid, &base, &tracking, Until::Freeze(limit), watcher)?;
+        if let Some(number) = rounds.last.as_deref().and_then(Path::file_name) {
+            options.tracking.prev_images_dir = Some(Path::new("pre-dumps").join(number));
+        }
+        Ok(())
+    }
+}
+
+/// A time in milliseconds, with a unit or none.
+fn milliseconds(text: &str) -> Result<Duration, String> {
+    let (digits, unit) = match text.strip_suffix("ms") {
+        Some(digits) => (digits, 1),
+        None => text.strip_suffix('s').map_or((text, 1), |digits| (digits, 1000)),
+    };
+    let number: u64 = digits.trim().parse().map_err(|e| format!("{e}; times look like 50ms or 2s"))?;
+    Ok(Duration::from_millis(number.saturating_mul(unit)))
 }
 
 /// What dumps and pre-dumps are asked about memory tracking.
@@ -159,7 +208,7 @@ pub(super) fn run(args: DumpArgs) -> Outcome {
     let status = StatusFd::take(args.common.status_fd)?;
     let watcher = Watcher::new(Scripts::new(&args.common)?, Progress::new("writing memory", &args.common), None);
     let common = args.common;
-    let options = DumpOptions {
+    let mut options = DumpOptions {
         pid: Pid::from_raw(args.pid),
         work_dir: common.work_dir(),
         images_dir: common.images_dir.clone(),
@@ -189,6 +238,7 @@ pub(super) fn run(args: DumpArgs) -> Outcome {
         ghost_limit: args.ghost_limit,
         tracking: args.tracking.wanted(false),
     };
+    args.moment.await_it(&mut options, &watcher).inspect_err(|_| watcher.give_up())?;
     let summary = dump::dump(&options, &watcher).inspect_err(|_| watcher.give_up())?;
     watcher.finish();
     if options.tracking.auto_dedup {
@@ -209,6 +259,10 @@ pub(super) struct PreDumpArgs {
     /// How pages are copied out of the running tree; both are the same here: pages are read while it runs
     #[arg(long, value_name = "MODE", value_enum, default_value = "read")]
     pre_dump_mode: PreDumpMode,
+    /// Pre-dump again and again, into the directories 1, 2, 3… below --images-dir, until another round would not make the
+    /// dump any shorter
+    #[arg(long)]
+    until_converged: bool,
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
@@ -219,17 +273,19 @@ enum PreDumpMode {
 
 /// `criu-ebpf pre-dump`.
 pub(super) fn pre_dump(args: PreDumpArgs) -> Outcome {
-    let PreDumpArgs { dump: args, pre_dump_mode: PreDumpMode::Read | PreDumpMode::Splice } = args;
+    let PreDumpArgs { dump: args, pre_dump_mode: PreDumpMode::Read | PreDumpMode::Splice, until_converged } = args;
     args.common.make_images_dir();
     log::start(&args.common)?;
     let status = StatusFd::take(args.common.status_fd)?;
     let watcher = Watcher::new(Scripts::new(&args.common)?, Progress::new("copying memory", &args.common), None);
     let options = PreDumpOptions {
         pid: Pid::from_raw(args.pid),
-        work_dir: args.common.work_dir(),
         images_dir: args.common.images_dir.clone(),
         tracking: args.tracking.wanted(true),
     };
+    if until_converged {
+        return converge(&args.common, &options, &watcher);
+    }
     let summary = predump::pre_dump(&options, &watcher).inspect_err(|_| watcher.give_up())?;
     watcher.finish();
     if options.tracking.auto_dedup {
@@ -250,6 +306,37 @@ pub(super) fn pre_dump(args: PreDumpArgs) -> Outcome {
             summary.pages_skipped,
             summary.frozen.as_secs_f64() * 1e3,
             summary.total.as_secs_f64() * 1e3,
+        ));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Rounds of pre-dumps.
+fn converge(common: &Common, options: &PreDumpOptions, watcher: &Watcher) -> Outcome {
+    let rounds = rounds::pre_dumps(options.pid, &options.images_dir, &options.tracking, Until::Converged, watcher)
+        .inspect_err(|_| watcher.give_up())?;
+    watcher.finish();
+    let last = rounds.last.as_deref().unwrap_or(&options.images_dir);
+    if options.tracking.auto_dedup {
+        dedup(last)?;
+    }
+    if common.json {
+        let value = serde_json::json!({
+            "rounds": rounds.summaries,
+            "last": last,
+            "predicted_freeze_us": rounds.predicted.as_micros() as u64,
+        });
+        say(value);
+    } else if !common.quiet {
+        for (n, round) in rounds.summaries.iter().enumerate() {
+            let took = round.total.as_secs_f64() * 1e3;
+            say(format_args!("round {}: {} written in {took:.1} ms", n + 1, HumanBytes(round.bytes_written)));
+        }
+        say(format_args!(
+            "a dump now would freeze for {:.1} ms; go on with: criu-ebpf dump -t {} --track-mem --prev-images-dir {} -D …",
+            rounds.predicted.as_secs_f64() * 1e3,
+            options.pid,
+            std::path::absolute(last).unwrap_or_else(|_| last.to_owned()).display(),
         ));
     }
     Ok(ExitCode::SUCCESS)

@@ -10,6 +10,7 @@ use crate::kernel::ebpf::EbpfError;
 use crate::object::ObjectError;
 use crate::predump::PreDumpError;
 use crate::restore::RestoreError;
+use crate::rounds::RoundsError;
 use crate::track::TrackError;
 
 /// Why a command failed.
@@ -24,6 +25,17 @@ pub(super) enum CliError {
     /// A pre-dump failed.
     #[error(transparent)]
     PreDump(#[from] PreDumpError),
+    /// Rounds of pre-dumps did not bring what was wanted.
+    #[error(transparent)]
+    Rounds(#[from] RoundsError),
+    /// No directory.
+    #[error("the directory {path} cannot be made: {source}", path = path.display())]
+    WorkDirMake {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// Tracking failed.
     #[error(transparent)]
     Track(#[from] TrackError),

@@ -76,6 +76,12 @@ impl Client {
         self.as_report(answer)
     }
 
+    /// Sets how long an answer may take.
+    pub fn patience(&self, time: Duration) -> Result<(), TrackError> {
+        let time = time.max(Duration::from_millis(1));
+        self.stream.set_read_timeout(Some(time)).map_err(|source| self.failed(source))
+    }
+
     /// Asks for a report each interval.
     pub fn follow(&mut self) -> Result<(), TrackError> {
         self.send(Ask::Follow(Empty {}))

@@ -46,6 +46,8 @@ pub struct Memory {
     pub start_time: u64,
     /// Why its memory is not tracked.
     pub untracked: Option<String>,
+    /// How many areas it had in the last look.
+    pub areas: u64,
     watch: Option<WriteWatch>,
     /// Written since the last image.
     written: PageSet,
@@ -64,6 +66,7 @@ impl Memory {
             pid,
             start_time,
             untracked: None,
+            areas: 0,
             watch: None,
             written: PageSet::default(),
             pending: None,
@@ -121,6 +124,7 @@ impl Memory {
     fn register_new(&mut self, by: Pid, map: &mut PageMap, latest: &mut PageSet) -> Result<bool, TrackError> {
         let Some(watch) = &self.watch else { return Ok(false) };
         let areas = survey::layout_of(by)?;
+        self.areas = areas.len() as u64;
         self.regions.clear();
         for (start, end) in stretches(&areas) {
             map.scan(start, end, UNTRACKED, &mut self.regions)?;

@@ -6,6 +6,7 @@
 pub mod client;
 mod install;
 pub mod memory;
+pub mod predict;
 pub mod report;
 pub mod session;
 pub mod tree;
@@ -66,4 +67,12 @@ pub enum TrackError {
         /// What it said.
         what: String,
     },
+}
+
+impl TrackError {
+    /// Whether nobody answered in time.
+    pub fn is_timeout(&self) -> bool {
+        matches!(self, Self::Socket { source, .. }
+            if matches!(source.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut))
+    }
 }

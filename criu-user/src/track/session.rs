@@ -24,6 +24,8 @@ use tokio::task::LocalSet;
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
 
 use super::TrackError;
+use super::memory::Memory;
+use super::predict::{self, Measured, Shape};
 use super::report::{ProcessReport, Report};
 use super::tree::{Tree, TreeLook};
 use super::wire::{self, Answer, Ask, Begun, Empty, Reply, Request, Tracked};
@@ -77,6 +79,8 @@ struct Shared {
     reports: watch::Sender<Report>,
     stop: Notify,
     looks: RefCell<Looks>,
+    shape: RefCell<Shape>,
+    measured: RefCell<Vec<Measured>>,
 }
 
 #[derive(Debug, Default)]
@@ -111,6 +115,8 @@ impl Session {
             reports: watch::channel(Report::default()).0,
             stop: Notify::new(),
             looks: RefCell::default(),
+            shape: RefCell::default(),
+            measured: RefCell::default(),
         };
         let session = Self { listener, socket, shared: Rc::new(shared), root, options };
         // The first look brings the userfaultfds in: what cannot be tracked is known before anybody relies on it.
@@ -209,6 +215,14 @@ fn listen(root: Pid) -> Result<(UnixListener, SocketFile), TrackError> {
 }
 
 impl Shared {
+    /// Looks unless somebody makes an image, or the last look is young: for whoever asks right now.
+    fn look_again(&self) {
+        let young = self.looks.borrow().last.is_some_and(|last| last.elapsed() < SHORTEST);
+        if !young && self.hold.try_lock().is_ok() {
+            self.look();
+        }
+    }
+
     /// Looks at the tree, and reports.
     fn look(&self) -> Duration {
         let begin = Instant::now();
@@ -262,9 +276,27 @@ impl Shared {
             working_set_bytes: sum(|p| p.working_set_bytes),
             memory_bytes: sum(|p| p.memory_bytes),
             has_image: !self.since.borrow().is_empty(),
-            predicted_freeze_us: 0,
+            predicted_freeze_us: self.predict(&tree, count).as_micros() as u64,
             processes,
         }
+    }
+
+    /// Estimates a dump now. What a tree is made of is looked at now and then; what it writes, each time.
+    fn predict(&self, tree: &Tree, count: u64) -> Duration {
+        /// Looks after which the shape is looked at again.
+        const OFTEN: u64 = 5;
+        let mut shape = self.shape.borrow_mut();
+        if count % OFTEN == 1 {
+            *shape = tree.processes.keys().copied().map(Shape::of).fold(Shape::default(), Shape::and);
+            *self.measured.borrow_mut() = predict::known();
+        }
+        let has_image = !self.since.borrow().is_empty();
+        let written = |memory: &Memory| match &memory.untracked {
+            None if has_image => memory.written(),
+            _ => crate::object::memory::estimate(memory.pid) / PAGE,
+        };
+        let now = Shape { written: tree.processes.values().map(written).sum(), ..*shape };
+        predict::predict(&now, &self.measured.borrow())
     }
 
     /// Hands over what was written since the last image.
@@ -285,12 +317,12 @@ impl Shared {
     }
 
     fn commit(&self, id: Vec<u8>) {
-        self.tree.borrow_mut().processes.values_mut().for_each(super::memory::Memory::commit);
+        self.tree.borrow_mut().processes.values_mut().for_each(Memory::commit);
         *self.since.borrow_mut() = id;
     }
 
     fn give_back(&self) {
-        self.tree.borrow_mut().processes.values_mut().for_each(super::memory::Memory::give_back);
+        self.tree.borrow_mut().processes.values_mut().for_each(Memory::give_back);
     }
 }
 
@@ -336,6 +368,7 @@ impl Connection {
         let done = Answer::Done(Empty {});
         match ask {
             Ask::Status(_) => {
+                self.shared.look_again();
                 let report = serde_json::to_string(&*self.shared.reports.borrow());
                 report.map_or_else(|err| Answer::Error(err.to_string()), Answer::Report)
             }
