@@ -1,4 +1,4 @@
-//! `cargo xtask demo`: a live program is dumped, is gone, is restored, and goes on.
+//! `cargo xtask demo`: a live program is tracked, dumped with a short freeze, is gone, is restored, and goes on.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -15,14 +15,22 @@ use crate::process::engine;
 /// One line for the list of tasks.
 pub const ABOUT: &str = "from nothing to a program that is dumped and restored (as root)";
 
-/// Counts, and keeps what it counts in memory and nowhere else. What else its caller had open (an editor's pipes, say)
-/// is none of the demo's.
+/// Counts, and keeps what it counts in memory and nowhere else; a hundred of its 65 536 pages of memory change with every
+/// number, and each time it looks whether the numbers before are still there. What else its caller had open (an editor's
+/// pipes, say) is none of the demo's.
 const PROGRAM: &str = "
 import os, time
 os.closerange(3, 4096)
-n = 0
+n, page, pages = 0, 4096, 65536
+memory = bytearray(b'criu' * (page * pages // 4))
+def slot(i):
+    return slice(i % pages * page, i % pages * page + 8)
 while True:
     n += 1
+    for i in range(n * 100, n * 100 + 100):
+        memory[slot(i)] = i.to_bytes(8, 'little')
+    for i in range(max(n - 50, 1) * 100, n * 100):
+        assert memory[slot(i)] == i.to_bytes(8, 'little'), f'page {i % pages} is not what it was'
     print(f'pid {os.getpid()} counts {n}', flush=True)
     time.sleep(0.1)
 ";
@@ -43,8 +51,18 @@ pub fn run(args: &[String]) -> Result<()> {
     let mut shown = 0;
     show_until(&place.output, &mut shown, 10)?;
 
-    title("Dump it");
-    let dump = timed(engine_command(&["dump", "-t", &pid.to_string(), "-D", &place.images]))?;
+    let pid_text = pid.to_string();
+    title("Dump it while it runs on, to see what that costs: all of its memory is written in the freeze");
+    timed(engine_command(&["dump", "-R", "-t", &pid_text, "-D", &place.whole]))?;
+
+    title("Track it: from here on, what it writes is known; its memory is written while it runs");
+    timed(engine_command(&["track", "-d", &pid_text]))?;
+    timed(engine_command(&["pre-dump", "-t", &pid_text, "-D", &place.early]))?;
+    timed(engine_command(&["track", "--list"]))?;
+
+    title("Dump it: only what was written since is left for the freeze");
+    let words = ["dump", "-t", &pid_text, "-D", &place.images, "--track-mem", "--prev-images-dir", "../early"];
+    let dump = timed(engine_command(&words))?;
     let gone = reaper::wait_gone(&BTreeSet::from([pid]), Duration::from_secs(2)).is_empty();
     ensure!(gone && !Path::new(&format!("/proc/{pid}")).exists(), "process {pid} is still there");
     let before = lines(&place.output);
@@ -72,15 +90,20 @@ pub fn run(args: &[String]) -> Result<()> {
 struct Place {
     dir: PathBuf,
     images: String,
+    /// Images of the pre-dump, on which the dump builds.
+    early: String,
+    /// Images of the dump for comparison.
+    whole: String,
     output: PathBuf,
 }
 
 impl Place {
     fn new() -> Result<Self> {
         let dir = std::env::temp_dir().join(format!("criu-ebpf-demo-{}", std::process::id()));
-        let images = dir.join("images");
-        fs::create_dir_all(&images).with_context(|| format!("cannot make {}", images.display()))?;
-        Ok(Self { images: images.display().to_string(), output: dir.join("output"), dir })
+        fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        let path = |name: &str| dir.join(name).display().to_string();
+        let (images, early, whole) = (path("images"), path("early"), path("whole"));
+        Ok(Self { images, early, whole, output: dir.join("output"), dir })
     }
 }
 

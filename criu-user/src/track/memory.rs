@@ -11,9 +11,10 @@ use nix::unistd::Pid;
 
 use super::TrackError;
 use super::install::install;
+use crate::freeze;
 use crate::kernel::page_set::PageSet;
 use crate::kernel::pagemap::{PageKind, PageMap, Query, Region};
-use crate::kernel::proc::Shown;
+use crate::kernel::proc::{KeyValues, Shown};
 use crate::kernel::survey::{self, PAGE, VmFlags, Vma};
 use crate::kernel::uffd::{Registered, WriteWatch};
 
@@ -110,7 +111,16 @@ impl Memory {
             self.watch = None;
         }
         self.regions.clear();
-        map.fetch_written(&mut self.regions)?;
+        // A device that writes into a page does not care for its protection: none must be at it when that is put up.
+        if reads_directly(shown.by) {
+            let begin = Instant::now();
+            let still = freeze::freeze_alone(self.pid, STILL)?;
+            map.fetch_written(&mut self.regions)?;
+            drop(still);
+            look.stopped += begin.elapsed();
+        } else {
+            map.fetch_written(&mut self.regions)?;
+        }
         latest.add_regions(&self.regions);
         look.written = latest.len();
         look.again = latest.common(&self.latest);
@@ -210,6 +220,20 @@ fn stretches(areas: &[Vma]) -> Vec<(u64, u64)> {
         }
     }
     stretches
+}
+
+/// How long a process may take to stand still: as long as a read from a disk.
+const STILL: Duration = Duration::from_secs(2);
+
+/// Whether a process has a file open with O_DIRECT. Its reads are over when it stands still: a thread in the middle of one
+/// stops only afterwards.
+fn reads_directly(by: Pid) -> bool {
+    let entries = std::fs::read_dir(format!("/proc/{by}/fd")).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| std::fs::read_link(entry.path()).is_ok_and(|link| link.is_absolute()))
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter_map(|fd| KeyValues::fdinfo(by, fd).ok()?.number("flags", 8).ok())
+        .any(|flags| flags & libc::O_DIRECT as u64 != 0)
 }
 
 /// A process that uses userfaultfd(2) itself needs its areas for itself.

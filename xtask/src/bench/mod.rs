@@ -11,6 +11,7 @@
 mod report;
 mod sample;
 mod tcp;
+mod tracking;
 
 use std::{env, path::PathBuf, process::Command};
 
@@ -68,13 +69,15 @@ struct Plan {
 
 /// `cargo xtask bench`.
 pub fn run(args: &[String]) -> Result<()> {
-    let tcp = args.first().is_some_and(|arg| arg == "tcp");
-    let plan = Plan::parse(if tcp { &[] } else { args })?;
+    let special = args.first().map(String::as_str).filter(|name| ["tcp", "tracking"].contains(name));
+    let plan = Plan::parse(if special.is_some() { &[] } else { args })?;
     if env::var_os(INSIDE).is_none() {
         return enter_namespace(args);
     }
-    if tcp {
-        return tcp::run(&args[1..]);
+    match special {
+        Some("tcp") => return tcp::run(&args[1..]),
+        Some(_) => return tracking::run(&args[1..]),
+        None => {}
     }
     let peer = match &plan.peer {
         Some(path) => path.clone(),

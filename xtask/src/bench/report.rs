@@ -61,7 +61,7 @@ pub fn write(contenders: &[Contender; 2], measured: &[(&Row, [Outcome; 2])], rou
         "# Bench\n\nMade by `cargo xtask bench` on {}. Medians of {rounds} rounds in which both engines took their turns on \
          the same programs; after each restore the program checked all its memory, threads, children and descriptors.\n\n\
          Machine: {}.\n",
-        first_word_of(Command::new("date").args(["-u", "+%F"])),
+        today(),
         machine()
     );
     let [ours, peer] = contenders;
@@ -106,7 +106,7 @@ fn show_size(bytes: f64) -> String {
 }
 
 /// Processor, memory and kernel.
-fn machine() -> String {
+pub fn machine() -> String {
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ").map(|(_, name)| name));
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -119,6 +119,11 @@ fn machine() -> String {
         kib.unwrap_or_default() / 1048576.0,
         kernel.trim()
     )
+}
+
+/// The date.
+pub fn today() -> String {
+    first_word_of(Command::new("date").args(["-u", "+%F"]))
 }
 
 fn first_word_of(command: &mut Command) -> String {

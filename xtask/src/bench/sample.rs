@@ -70,6 +70,11 @@ impl Contender {
         Ok(Self { name: format!("CRIU {}", version.trim_start_matches("Version: ")), binary })
     }
 
+    /// The engine itself.
+    pub fn binary(&self) -> &Path {
+        &self.binary
+    }
+
     /// One round. What the harness reports by a panic becomes an error here.
     pub fn measure(&self, row: &Row) -> Result<Sample> {
         self.guarded(|| self.round(row))

@@ -1,7 +1,10 @@
 //! Writing the private memory of a process.
 
+use std::time::{Duration, Instant};
+
 use nix::errno::Errno;
 use nix::unistd::Pid;
+use tracing::debug;
 
 use crate::agent::{Batch, Guest};
 use crate::freeze::FrozenProcess;
@@ -88,6 +91,7 @@ pub fn dump_private(
     let by_itself = can_write_itself(pid.as_raw());
     let mut copy = Copy { image, guest, memory, observer: cx.observer, waiting: Vec::new() };
     let mut clean = cx.past.history.of(pid);
+    let mut scanning = Duration::ZERO;
     for vma in vmas {
         if vma.special() == Some("[vdso]") {
             // With it a restore can tell whether its kernel's vDSO is the same.
@@ -99,7 +103,9 @@ pub fn dump_private(
         }
         scanned += vma.len() / PAGE;
         let mut regions = Vec::new();
+        let begin = Instant::now();
         map.scan(vma.start, vma.end, own_pages(vma), &mut regions)?;
+        scanning += begin.elapsed();
         regions.retain(|region| {
             let guarded = region.categories & PageKind::GUARD.bits() != 0;
             if guarded {
@@ -121,8 +127,11 @@ pub fn dump_private(
         }
     }
     if cx.past.arms {
+        let begin = Instant::now();
         map.fetch_written(&mut Vec::new())?;
+        scanning += begin.elapsed();
     }
+    debug!(pid = pid.as_raw(), scanning_us = scanning.as_micros() as u64, "its page map is read");
     let PageCounts { present: written, in_parent } = copy.finish()?;
     Ok(Pages { scanned, written, in_parent })
 }

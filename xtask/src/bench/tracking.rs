@@ -1,0 +1,113 @@
+//! `cargo xtask bench tracking [--rounds N]`: what tracking costs a program, and what it spares in the freeze.
+//!
+//! Whatever is compared is measured in turns in one run: a program tracked and not tracked, our engine and CRIU. The report
+//! goes to docs/bench-tracking.md.
+
+mod freezes;
+mod slowdown;
+
+use std::{fmt::Write as _, fs, path::Path, process::Command, time::Duration};
+
+use anyhow::{Context, Result, bail, ensure};
+use e2e::Program;
+
+use super::{report, sample::Contender};
+use crate::peer;
+
+/// The engine and CRIU.
+struct Pair {
+    ours: Contender,
+    peer: Contender,
+}
+
+/// One line of the report.
+struct Line {
+    what: String,
+    is: String,
+    must: String,
+    holds: bool,
+}
+
+/// Measures everything and writes the report.
+pub fn run(args: &[String]) -> Result<()> {
+    let rounds = match args {
+        [] => 3,
+        [option, number] if option == "--rounds" => number.parse().context("--rounds needs a number")?,
+        _ => bail!("bench tracking knows --rounds only"),
+    };
+    let pair = Pair { ours: Contender::ours()?, peer: Contender::peer(peer::ensure_peer()?)? };
+    let mut lines = Vec::new();
+    lines.extend(freezes::after_pre_dumps(&pair, rounds)?);
+    lines.push(freezes::predictions(&pair)?);
+    lines.extend(slowdown::all(&pair, rounds)?);
+    lines.extend(slowdown::own_cost(&pair)?);
+    let text = write(&lines, rounds);
+    print!("{text}");
+    let out = peer::workspace_root()?.join("docs/bench-tracking.md");
+    fs::write(&out, text).with_context(|| format!("writing {}", out.display()))?;
+    eprintln!("written to {}", out.display());
+    Ok(())
+}
+
+fn write(lines: &[Line], rounds: usize) -> String {
+    let mut text = format!(
+        "# Bench of tracking\n\nMade by `cargo xtask bench tracking` on {}. Medians of {rounds} rounds; what is compared took \
+         turns in the same run.\n\nMachine: {}.\n\n| what | measured | must reach | |\n| --- | --- | --- | --- |\n",
+        report::today(),
+        report::machine()
+    );
+    for Line { what, is, must, holds } in lines {
+        let mark = if *holds { "holds" } else { "**missed**" };
+        let _ = writeln!(text, "| {what} | {is} | {must} | {mark} |");
+    }
+    text
+}
+
+impl Contender {
+    /// Runs a command of the engine that is no dump and no restore, and gives what it prints.
+    fn ask(&self, words: &[&str]) -> Result<String> {
+        let out = Command::new(self.binary()).args(words).output().with_context(|| format!("starting {words:?}"))?;
+        ensure!(out.status.success(), "{words:?}: {}", String::from_utf8_lossy(&out.stderr).trim());
+        Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+    }
+
+    /// Begins to track a program, in the background.
+    fn track(&self, program: &Program) -> Result<()> {
+        self.ask(&["track", "-d", &program.pid().to_string()]).map(drop)
+    }
+
+    /// Ends that.
+    fn untrack(&self, program: &Program) -> Result<()> {
+        self.ask(&["track", "--stop", &program.pid().to_string()]).map(drop)
+    }
+
+    /// What the session of a program reports.
+    fn report(&self, program: &Program) -> Result<serde_json::Value> {
+        let all: serde_json::Value = serde_json::from_str(&self.ask(&["track", "--list", "--json"])?)?;
+        let list = all.as_array().context("a list of reports")?;
+        let found = list.iter().find(|report| report["pid"] == program.pid());
+        Ok(found.with_context(|| format!("no session of {}", program.pid()))?.clone())
+    }
+
+    /// Pre-dumps a program.
+    fn pre_dump(&self, program: &Program, images: &Path, parent: Option<&Path>) -> Result<()> {
+        let pid = program.pid().to_string();
+        let (images, parent) = (images.to_string_lossy(), parent.map(|path| path.to_string_lossy().into_owned()));
+        let mut words = vec!["pre-dump", "-t", &pid, "-D", &images, "--quiet"];
+        if let Some(parent) = &parent {
+            words.extend(["--prev-images-dir", parent]);
+        }
+        self.ask(&words).map(drop)
+    }
+}
+
+/// The middle one.
+fn median<T: PartialOrd + Copy>(values: &[T]) -> Result<T> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(|a, b| a.partial_cmp(b).unwrap_or(std::cmp::Ordering::Equal));
+    sorted.get(sorted.len() / 2).copied().context("no round worked")
+}
+
+fn milliseconds(time: Duration) -> String {
+    format!("{:.1} ms", time.as_secs_f64() * 1e3)
+}
