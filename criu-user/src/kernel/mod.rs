@@ -15,6 +15,7 @@ pub mod kept;
 pub mod known;
 pub mod map;
 pub mod mem;
+pub mod page_set;
 pub mod pagemap;
 pub mod pidfd;
 pub mod pipe;
@@ -33,6 +34,7 @@ pub mod sys;
 pub mod tcp;
 pub mod threads;
 pub mod tty;
+pub mod uffd;
 pub mod unix_diag;
 pub mod xsave;
 
