@@ -43,6 +43,18 @@ fn in_parent(images: &std::path::Path) -> u64 {
     number.and_then(|number| number.parse().ok()).expect("a number of pages")
 }
 
+/// How many microseconds a dump now would hold a program, by its session, which is started if need be.
+fn predicted(row: &Row, program: &Program) -> u64 {
+    let dir = row.next_images(program);
+    std::fs::create_dir_all(&dir).expect("creating a directory");
+    let pid = program.pid().to_string();
+    row.dumper.call(&["track", "-d", &pid].map(Into::into), &dir, "track").expect_success();
+    let list = row.dumper.call(&["track", "--list", "--json"].map(Into::into), &dir, "list").expect_success();
+    let list: serde_json::Value = serde_json::from_str(list.printed.trim()).expect("JSON");
+    let found = list.as_array().expect("a list").iter().find(|report| report["pid"] == program.pid());
+    found.expect("its report")["predicted_freeze_us"].as_u64().expect("a number")
+}
+
 /// Pre-dump three times, dump, restore, compare every byte.
 fn exact(row: &Row, case: &str) {
     let mut program = writes(case).start();
@@ -149,6 +161,68 @@ rows! {
         before.compare(&Look::at(&program));
         let words = ["track".into(), "--stop".into(), program.pid().to_string().into()];
         row.dumper.call(&words, &images, "track").expect_refusal("is not tracked");
+        program.finish();
+    };
+
+    /// Rounds end, and the last one is a parent.
+    until_converged => |row| {
+        let mut program = writes("stores").start();
+        let base = row.next_images(&program);
+        std::fs::create_dir_all(&base).expect("creating a directory");
+        let words = ["pre-dump", "-t", &program.pid().to_string(), "--until-converged", "--json", "-D"].map(Into::into);
+        let outcome = row.dumper.call(&[&words[..], &[base.clone().into()]].concat(), &base, "rounds").expect_success();
+        let json = outcome.printed.lines().find(|line| line.starts_with('{')).expect("a line of JSON");
+        let json: serde_json::Value = serde_json::from_str(json).expect("JSON");
+        let rounds = json["rounds"].as_array().expect("rounds").len();
+        assert!(rounds >= 2, "one round cannot tell that it was the last: {json}");
+        let last = PathBuf::from(json["last"].as_str().expect("the last"));
+        assert_eq!(last, base.join(rounds.to_string()));
+        let before = Bytes::stop_and_take(&program);
+        let tree = program.tree();
+        let images = row.next_images(&program);
+        row.dumper.dump(&program, &images, &on(&last)).expect_success();
+        program.expect_gone(&tree);
+        assert!(in_parent(&images) > 0, "nothing was left to the parent");
+        row.restore(&program, &images);
+        before.compare(&Bytes::take(&program));
+        signal(&program, Signal::SIGCONT);
+        program.finish();
+    };
+
+    /// Pre-dumps come before a dump that would take too long, and the dump builds on them.
+    max_freeze => |row| {
+        let mut program = Workload::new("bench.c", "dirtying").arg("512").start();
+        let images = row.next_images(&program);
+        // All of it takes longer than this, what is written in some milliseconds does not.
+        let limit = Options::dump(&["--max-freeze", "60ms"]);
+        let tree = program.tree();
+        let first = predicted(row, &program);
+        row.dumper.dump(&program, &images, &limit).expect_success();
+        program.expect_gone(&tree);
+        if first > 60_000 {
+            assert!(in_parent(&images) > 0, "no pre-dump was made, though {first} us were expected");
+        }
+        row.restore(&program, &images);
+        program.next();
+        program.finish();
+    };
+
+    /// What cannot be is not tried.
+    max_freeze_that_cannot_be => |row| {
+        let mut program = writes("stores").start();
+        let images = row.next_images(&program);
+        row.dumper.dump(&program, &images, &Options::dump(&["--max-freeze", "0ms"])).expect_refusal("another would not help");
+        assert!(!images.join("inventory.img").exists(), "a dump was made all the same");
+        program.finish();
+    };
+
+    when_quiet => |row| {
+        let mut program = writes("everything").start();
+        let images = row.next_images(&program);
+        let tree = program.tree();
+        row.dumper.dump(&program, &images, &Options::dump(&["--when-quiet=3"])).expect_success();
+        program.expect_gone(&tree);
+        row.restore(&program, &images);
         program.finish();
     };
 
