@@ -13,6 +13,7 @@ pub mod freeze;
 pub mod image;
 #[expect(unsafe_code, reason = "the room for raw system calls")]
 pub mod kernel;
+pub mod live;
 pub mod object;
 pub mod observer;
 pub mod plan;

@@ -8,6 +8,7 @@ pub mod ebpf;
 pub mod error;
 pub mod events;
 pub mod fd;
+pub mod headroom;
 pub mod inet_diag;
 pub mod ipc;
 pub mod kept;

@@ -31,6 +31,14 @@ pub struct Pages {
     pub written: u64,
 }
 
+impl Pages {
+    /// These and others.
+    pub fn add(&mut self, others: Self) {
+        self.scanned += others.scanned;
+        self.written += others.written;
+    }
+}
+
 /// About how many bytes of private memory a process has: of those in memory, the ones that are no file's.
 pub fn estimate(pid: Pid) -> u64 {
     let text = crate::kernel::proc::read_text(&format!("/proc/{pid}/statm")).unwrap_or_default();
@@ -40,7 +48,7 @@ pub fn estimate(pid: Pid) -> u64 {
 
 /// Pages that hold what nothing else does: in memory or swapped out, not the file's own, not the zero page. Pages that
 /// madvise(2) guards come along and are told apart.
-const OWN_PAGES: Query = Query {
+pub(super) const OWN_PAGES: Query = Query {
     all: PageKind::FILE.union(PageKind::PFN_ZERO),
     any: PageKind::PRESENT.union(PageKind::SWAPPED).union(PageKind::GUARD),
     inverted: PageKind::FILE.union(PageKind::PFN_ZERO),
@@ -96,7 +104,7 @@ pub fn dump_private(
     Ok(Pages { scanned, written })
 }
 
-fn guard(region: &Region) -> VmaEntry {
+pub(super) fn guard(region: &Region) -> VmaEntry {
     VmaEntry {
         start: region.start,
         end: region.end,
@@ -108,7 +116,7 @@ fn guard(region: &Region) -> VmaEntry {
 }
 
 /// A process with a limit on file sizes would be killed by SIGXFSZ for our writing.
-fn can_write_itself(pid: i32) -> bool {
+pub(super) fn can_write_itself(pid: i32) -> bool {
     crate::kernel::proc::read_text(&format!("/proc/{pid}/limits"))
         .is_ok_and(|text| text.lines().any(|line| soft_limit(line, "Max file size") == Some("unlimited")))
 }

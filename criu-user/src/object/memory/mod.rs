@@ -5,6 +5,7 @@
 //! is forked when its parent's memory is complete, so that what both have in common is shared again.
 
 mod area;
+mod copy;
 mod dump;
 mod facts;
 mod inherit;
@@ -12,6 +13,7 @@ mod plan;
 mod vdso;
 
 pub use area::areas;
+pub use copy::Snapshot;
 pub use dump::{Pages, dump_private, estimate};
 pub use facts::plan_facts;
 pub use plan::{OpenImage, plan};
