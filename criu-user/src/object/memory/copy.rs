@@ -17,7 +17,7 @@ use crate::freeze::FrozenProcess;
 use crate::image::proto::VmaEntry;
 use crate::image::{ImageDir, ImageKind, PageRange, PagesWriter};
 use crate::kernel::mem::ProcessMemory;
-use crate::kernel::pagemap::{PageKind, PageMap, Region};
+use crate::kernel::pagemap::{PageKind, PageMap, Query, Region};
 use crate::kernel::survey::{PAGE, VmFlags, Vma};
 use crate::observer::Observer;
 
@@ -26,6 +26,8 @@ use super::super::file::Capture;
 use super::area::is_private;
 use super::dump::{CALL_BYTES, IOVECS, OWN_PAGES, Pages, can_write_itself, guard};
 
+/// What to look for: who wrote it is nobody's question here.
+const OWN: Query = Query { report: PageKind::GUARD, ..OWN_PAGES };
 /// Bytes that are read from outside at once.
 const PIECE: u64 = 4 << 20;
 /// Mappings that a copy gives up in one batch.
@@ -96,7 +98,7 @@ impl Snapshot {
                 continue;
             }
             let mut regions = Vec::new();
-            map.scan(vma.start, vma.end, OWN_PAGES, &mut regions)?;
+            map.scan(vma.start, vma.end, OWN, &mut regions)?;
             let from_inside =
                 by_itself && vma.flags.contains(VmFlags::READ) && !writer.copy.stands_in(vma.start, vma.end);
             for region in regions {
@@ -108,7 +110,7 @@ impl Snapshot {
             }
         }
         writer.flush()?;
-        Ok(Pages { scanned, written: writer.image.finish()?.present })
+        Ok(Pages { scanned, written: writer.image.finish()?.present, in_parent: 0 })
     }
 }
 
@@ -164,7 +166,7 @@ impl Kept {
         let mut end = 0;
         for vma in wanted {
             let mut regions = Vec::new();
-            map.scan(vma.start, vma.end, OWN_PAGES, &mut regions)?;
+            map.scan(vma.start, vma.end, OWN, &mut regions)?;
             for region in regions {
                 kept.regions.push((region, end));
                 if !is_guard(&region) {
