@@ -15,6 +15,7 @@ pub mod known;
 pub mod map;
 pub mod mem;
 pub mod pagemap;
+pub mod parallel;
 pub mod pidfd;
 pub mod pipe;
 pub mod probe;

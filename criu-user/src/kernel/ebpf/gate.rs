@@ -148,15 +148,15 @@ impl Gate {
     /// The connections that it holds, and how much of them it has dropped.
     pub fn connections(&self) -> EbpfResult<Vec<(Connection, Held)>> {
         let all = maps::entries::<KEY, VALUE>(self.map.as_fd()).map_err(failed("the connections of the gate"))?;
-        let word = |bytes: &[u8]| bytes.first_chunk().map_or(0, |b| u64::from_ne_bytes(*b));
-        let held = |value: &[u8]| Held { from_peer: word(value), to_peer: word(&value[8..]) };
         Ok(all.iter().map(|(key, value)| (from_bytes(key), held(value))).collect())
     }
 
-    /// Lets everything pass, at once.
-    pub fn unlock(&self) -> EbpfResult<()> {
-        let keys: Vec<[u8; KEY]> = self.connections()?.iter().map(|(key, _)| bytes(key)).collect();
-        maps::delete(self.map.as_fd(), &keys).map_err(failed(format!("{} connections of the gate", keys.len())))
+    /// Lets everything pass, at once. Of a gate that a dump has left, it tells how many packets were held since then; of
+    /// others nobody knows what came before.
+    pub fn unlock(&self) -> EbpfResult<Option<HashMap<Connection, Held>>> {
+        let taken = maps::take_all::<KEY, VALUE>(self.map.as_fd()).map_err(failed("the connections of the gate"))?;
+        let held = || taken.iter().map(|(key, value)| (from_bytes(key), held(value))).collect();
+        Ok(self.pinned.is_some().then(held))
     }
 
     /// Takes it away from the interfaces, for good. The kernel needs some ten milliseconds for each: who is in a hurry
@@ -164,6 +164,11 @@ impl Gate {
     pub fn remove(self) -> EbpfResult<()> {
         self.pinned.as_deref().map_or(Ok(()), unpin)
     }
+}
+
+fn held(value: &[u8; VALUE]) -> Held {
+    let word = |bytes: &[u8]| bytes.first_chunk().map_or(0, |b| u64::from_ne_bytes(*b));
+    Held { from_peer: word(value), to_peer: word(&value[8..]) }
 }
 
 fn unpin(dir: &Path) -> EbpfResult<()> {

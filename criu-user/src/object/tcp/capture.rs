@@ -52,7 +52,7 @@ pub fn capture(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry) -> Re
     } else if !cx.options.tcp_close && is_connection(entry) {
         connection(seen, cx, entry)?;
     } else if cx.options.tcp_established && closed_was_connected(&seen.file, &info)? {
-        cx.shelf.get::<Hold>().add(seen, Ends::of(entry, 0))?;
+        cx.shelf.get::<Hold>().add(seen, entry)?;
     } else if entry.state == state::CLOSE && entry.src_port != 0 && cx.shelf.get::<Diag>().has_lost_port(entry.ino)? {
         (entry.src_addr, entry.src_port) = (vec![0; entry.src_addr.len()], 0);
     }
@@ -98,7 +98,7 @@ fn connection(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry) -> Res
     };
     match refused {
         Some((what, advice)) => cx.refuse(seen.refuse(what, advice)),
-        None => cx.shelf.get::<Hold>().add(seen, ends)?,
+        None => cx.shelf.get::<Hold>().add(seen, entry)?,
     }
     Ok(())
 }
