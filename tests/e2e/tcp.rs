@@ -6,18 +6,42 @@ use std::{env, fs, thread::sleep, time::Duration};
 
 use e2e::{Options, Program, Row, Workload, rows, workload_rows};
 
+use crate::net::Network;
+
 /// How often a stream is moved.
-fn cycles() -> u32 {
+pub(crate) fn cycles() -> u32 {
     env::var("E2E_CYCLES").map_or(5, |text| text.parse().expect("E2E_CYCLES is a number"))
 }
 
 /// A program that listens, and a peer that has connected to it: both are ready for the second time.
-struct Pair {
-    program: Program,
-    peer: Program,
+pub(crate) struct Pair {
+    pub(crate) program: Program,
+    pub(crate) peer: Program,
 }
 
 impl Pair {
+    /// The peer is in another network; each of both has an environment of its own.
+    pub(crate) fn across(
+        network: &Network,
+        case: &str,
+        family: &str,
+        rounds: u32,
+        [own, peers]: [&[(&str, &str)]; 2],
+    ) -> Self {
+        let workload = |case: &str, environment: &[(&str, &str)]| {
+            let workload = Workload::new("tcp.py", case)
+                .env("E2E_FAMILY", family)
+                .env("E2E_ROUNDS", &rounds.to_string())
+                .env("E2E_ADDRESS", &network.address(family));
+            environment.iter().fold(workload, |workload, (name, value)| workload.env(name, value))
+        };
+        let mut program = workload(case, own).start();
+        let peer = workload(&format!("{case}_peer"), peers).arg(number(&program, "port").to_string());
+        let peer = network.inside(peer).start();
+        program.next();
+        Self { program, peer }
+    }
+
     fn start(case: &str, family: &str, rounds: u32) -> Self {
         let workload =
             |case: &str| Workload::new("tcp.py", case).env("E2E_FAMILY", family).env("E2E_ROUNDS", &rounds.to_string());
@@ -27,8 +51,16 @@ impl Pair {
         Self { program, peer }
     }
 
+    /// Both end at about the same time, and are still there to be asked.
+    pub(crate) fn end_both(&mut self) {
+        self.program.go();
+        self.peer.go();
+        self.peer.wait_for_word("ok");
+        self.program.wait_for_word("ok");
+    }
+
     /// Both check what they have, and end: each may need the other for that.
-    fn finish(mut self) {
+    pub(crate) fn finish(mut self) {
         self.program.go();
         // First the program looks at the state that it is in, which the peer may change.
         sleep(Duration::from_millis(50));
@@ -52,17 +84,17 @@ impl Pair {
 }
 
 /// A number that a program has written into a file.
-fn number(program: &Program, name: &str) -> u64 {
+pub(crate) fn number(program: &Program, name: &str) -> u64 {
     let text = fs::read_to_string(program.file(name)).unwrap_or_else(|error| panic!("the file {name}: {error}"));
     text.parse().unwrap_or_else(|error| panic!("the file {name} says {text:?}: {error}"))
 }
 
-fn kept(row: &Row) -> Row {
+pub(crate) fn kept(row: &Row) -> Row {
     row.with(Options::both(&["--tcp-established"]))
 }
 
 /// Dumps and restores, and sees to it that no gate is left.
-fn move_once(row: &Row, program: &Program) {
+pub(crate) fn move_once(row: &Row, program: &Program) {
     let images = row.dump(program);
     row.restore(program, &images);
     let gates = row.restorer.call(&["gate".into(), "list".into()], &images, "gate").expect_success();
@@ -208,71 +240,11 @@ rows! {
 
 /// The peer is in a network namespace of its own, at the other end of a cable: its address is none of ours.
 mod remote {
-    use std::process::Command;
-
     use super::*;
-
-    /// A network namespace and a cable to it; both go with this.
-    struct Network {
-        name: String,
-    }
-
-    impl Network {
-        /// `number` tells the networks of one run apart, the process id those of several.
-        fn new(number: u8) -> Self {
-            let pid = std::process::id();
-            let network = Self { name: format!("e2e{pid}-{number}") };
-            let name = &network.name;
-            let subnet = format!("10.{}.{number}", 64 + pid % 128);
-            let v6 = format!("fd00:{:x}:{number}:", pid & 0xffff);
-            ip(&format!("netns add {name}"));
-            ip(&format!("link add e{pid}-{number} type veth peer name peer netns {name}"));
-            ip(&format!("addr add {subnet}.1/24 dev e{pid}-{number}"));
-            ip(&format!("addr add {v6}:1/64 dev e{pid}-{number} nodad"));
-            ip(&format!("link set e{pid}-{number} up"));
-            ip(&format!("-n {name} addr add {subnet}.2/24 dev peer"));
-            ip(&format!("-n {name} addr add {v6}:2/64 dev peer nodad"));
-            ip(&format!("-n {name} link set peer up"));
-            network
-        }
-
-        fn address(&self, family: &str) -> String {
-            let pid = std::process::id();
-            let number = self.name.rsplit('-').next().expect("a number");
-            if family == "v6" {
-                format!("fd00:{:x}:{number}::1", pid & 0xffff)
-            } else {
-                format!("10.{}.{number}.1", 64 + pid % 128)
-            }
-        }
-    }
-
-    impl Drop for Network {
-        fn drop(&mut self) {
-            // The cable goes with its end.
-            let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
-        }
-    }
-
-    fn ip(words: &str) {
-        let status = Command::new("ip").args(words.split(' ')).status().expect("starting ip");
-        assert!(status.success(), "ip {words}: {status}");
-    }
+    use crate::net::Network;
 
     fn pair(network: &Network, case: &str, family: &str, rounds: u32) -> Pair {
-        let workload = |case: &str| {
-            Workload::new("tcp.py", case)
-                .env("E2E_FAMILY", family)
-                .env("E2E_ROUNDS", &rounds.to_string())
-                .env("E2E_ADDRESS", &network.address(family))
-        };
-        let mut program = workload(case).start();
-        let mut peer = workload(&format!("{case}_peer")).arg(number(&program, "port").to_string());
-        let inside = ["ip", "netns", "exec", &network.name];
-        peer.command.splice(0..0, inside.map(std::ffi::OsString::from));
-        let peer = peer.start();
-        program.next();
-        Pair { program, peer }
+        Pair::across(network, case, family, rounds, [&[], &[]])
     }
 
     fn stream(number: u8, family: &str) {
