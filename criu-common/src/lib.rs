@@ -4,3 +4,4 @@
 pub mod gate;
 pub mod offsets;
 pub mod survey;
+pub mod watch;

@@ -24,7 +24,7 @@ macro_rules! offsets {
     (@needed needed) => { true };
     (@needed optional) => { false };
     ($($name:ident: $need:ident $of:literal $field:literal;)*) => {
-        /// Byte offsets, in the order of [`SOURCES`].
+        /// Byte offsets, in the order of `SOURCES`.
         #[repr(C)]
         #[derive(Clone, Copy, Debug)]
         pub struct Offsets {
@@ -32,8 +32,8 @@ macro_rules! offsets {
         }
 
         /// Where each field of [`Offsets`] is found in BTF.
-        pub const SOURCES: &[Source] = &[
-            $(Source { of: $of, field: $field, needed: offsets!(@needed $need) },)*
+        pub const SOURCES: &[$crate::offsets::Source] = &[
+            $($crate::offsets::Source { of: $of, field: $field, needed: $crate::offsets::offsets!(@needed $need) },)*
         ];
 
         impl Offsets {
@@ -49,6 +49,8 @@ macro_rules! offsets {
         }
     };
 }
+
+pub(crate) use offsets;
 
 offsets! {
     vma_start: needed "vm_area_struct" "vm_start";

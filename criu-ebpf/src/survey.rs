@@ -9,6 +9,7 @@
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
 mod access;
+mod ids;
 mod task;
 
 use access::{Scratch, get, load, load_pointer, off};

@@ -1,12 +1,13 @@
 //! `iter/task`: threads, and once for each process what its threads share.
 
 use aya_ebpf::cty::c_void;
-use aya_ebpf::helpers::generated::{bpf_get_current_task, bpf_seq_write};
+use aya_ebpf::helpers::generated::bpf_seq_write;
 use criu_common::offsets::ABSENT;
 use criu_common::survey::{AUXV_WORDS, Header, Kind, LIMITS, Mm, Process, RESTART_MAX, Thread};
 
 use crate::Meta;
 use crate::access::{Scratch, copy, get, is_set, load, off, read};
+use crate::ids::{id_at, reader_level};
 
 /// Index of the process group and of the session in `signal_struct.pids` (`enum pid_type`).
 const PIDTYPE_PGID: u64 = 2;
@@ -253,30 +254,6 @@ pub(crate) unsafe fn closes_on_exec(table: u64, fd: u32) -> u8 {
 pub(crate) unsafe fn own_id(task: *const c_void) -> u32 {
     // SAFETY: as said above.
     unsafe { id_at(get(task as u64, off!(task_thread_pid)), reader_level()) }
-}
-
-/// Depth of the pid namespace of whoever reads the iterator: the ids are to be its own.
-#[inline(always)]
-unsafe fn reader_level() -> u32 {
-    // SAFETY: the helper gives the current task's address.
-    unsafe {
-        let pid: u64 = read(bpf_get_current_task() + u64::from(off!(task_thread_pid)));
-        read(pid + u64::from(off!(pid_level)))
-    }
-}
-
-/// What a `struct pid` is called at a depth of pid namespaces; 0 where it is not seen there (`pid_nr_ns`).
-///
-/// Without a branch: the verifier would walk over all that follows once more for each.
-#[inline(always)]
-unsafe fn id_at(pid: u64, level: u32) -> u32 {
-    // SAFETY: the helper checks the addresses, and gives zero for those near null.
-    unsafe {
-        let deepest = read::<u32>(pid + u64::from(off!(pid_level)));
-        let upid = pid + u64::from(off!(pid_numbers)) + u64::from(level) * u64::from(off!(upid_size));
-        let seen = (i64::from(level) - i64::from(deepest) - 1) >> 63;
-        read::<u32>(upid + u64::from(off!(upid_nr))) & seen as u32
-    }
 }
 
 #[inline(always)]

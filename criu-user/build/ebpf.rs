@@ -71,9 +71,9 @@ fn compile_in_child(compiler: &Compiler, path: &std::ffi::OsStr) {
         Compiler::OnPath => stage.env(STAGE, "stable"),
     };
     if !matches!(compiler, Compiler::Nightly) {
-        // A crate's name, not "1": aya-ebpf may use its unstable features on a stable compiler, and aya-build does
-        // not ask for `-Z build-std`, which the prebuilt `core` makes needless.
-        stage.env("RUSTC_BOOTSTRAP", "aya_ebpf");
+        // Crates' names, not "1": aya-ebpf and the watch (inline assembly) may use unstable features on a stable
+        // compiler, and aya-build does not ask for `-Z build-std`, which the prebuilt `core` makes needless.
+        stage.env("RUSTC_BOOTSTRAP", "aya_ebpf,watch");
     }
     let output = stage.stderr(Stdio::inherit()).output().expect("the build script can run itself");
     // aya-build passes all that the inner cargo says on as warnings. Its progress is not one, nor is that there is no

@@ -6,7 +6,7 @@
 
 use std::fs;
 
-use criu_common::offsets::{ABSENT, Offsets, SOURCES};
+use criu_common::offsets::{ABSENT, Offsets, SOURCES, Source};
 
 use super::{EbpfError, EbpfResult};
 
@@ -42,20 +42,8 @@ impl Layout {
 
     /// Looks everything up in `bytes`.
     pub fn from_btf(bytes: &[u8], functions: &[&str]) -> EbpfResult<Self> {
-        let mut structs: Vec<&str> = SOURCES.iter().map(|source| source.of).collect();
-        structs.dedup();
-        let btf = Btf::scan(bytes, &structs, functions)?;
-        let mut offsets = Vec::with_capacity(SOURCES.len());
-        for source in SOURCES {
-            match btf.lookup(source.of, source.field)? {
-                Some(value) => offsets.push(value),
-                None if source.needed => {
-                    let what = format!("field `{}` in `struct {}`", source.field, source.of);
-                    return Err(EbpfError::Missing { what });
-                }
-                None => offsets.push(ABSENT),
-            }
-        }
+        let btf = Btf::scan(bytes, &structs_of(SOURCES), functions)?;
+        let offsets = btf.offsets(SOURCES)?;
         let find = |name: &&str| {
             let found = btf.functions.iter().find(|(known, _)| known == name).map(|(_, id)| *id);
             found.ok_or_else(|| EbpfError::Missing { what: format!("function `{name}`") })
@@ -67,6 +55,18 @@ impl Layout {
     pub fn table(&self) -> EbpfResult<Offsets> {
         Offsets::from_values(&self.offsets).ok_or(EbpfError::BadBtf { at: 0 })
     }
+}
+
+/// Where the fields of another table are in the running kernel, in its order.
+pub fn offsets(sources: &[Source]) -> EbpfResult<Vec<u32>> {
+    let bytes = fs::read(VMLINUX).map_err(|source| EbpfError::NoBtf { path: VMLINUX, source })?;
+    Btf::scan(&bytes, &structs_of(sources), &[])?.offsets(sources)
+}
+
+fn structs_of(sources: &[Source]) -> Vec<&'static str> {
+    let mut structs: Vec<&str> = sources.iter().map(|source| source.of).collect();
+    structs.dedup();
+    structs
 }
 
 /// How many types the kernel describes, and the ids of some functions and typedefs by their names.
@@ -149,6 +149,18 @@ impl<'a> Btf<'a> {
             2 | 7..=12 | 16 | 18 => 0,
             _ => return Err(EbpfError::BadBtf { at }),
         })
+    }
+
+    /// The whole of a table.
+    fn offsets(&self, sources: &[Source]) -> EbpfResult<Vec<u32>> {
+        let offset = |source: &Source| match self.lookup(source.of, source.field)? {
+            Some(value) => Ok(value),
+            None if source.needed => {
+                Err(EbpfError::Missing { what: format!("field `{}` in `struct {}`", source.field, source.of) })
+            }
+            None => Ok(ABSENT),
+        };
+        sources.iter().map(offset).collect()
     }
 
     /// Offset of a field, or size of a struct; see [`criu_common::offsets::Source`].

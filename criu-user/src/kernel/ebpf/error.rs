@@ -74,6 +74,36 @@ pub enum EbpfError {
         /// The end of the verifier's log.
         log: String,
     },
+    /// Aya could not do something.
+    #[error("cannot {doing} {on}: {}", chain(source))]
+    Aya {
+        /// What was being done.
+        doing: &'static str,
+        /// With which program or map.
+        on: String,
+        /// What aya says.
+        source: Box<aya::EbpfError>,
+    },
+    /// The ring buffer cannot be waited for.
+    #[error("cannot wait for records of the eBPF programs: {source}")]
+    Wait {
+        /// What the system said.
+        source: io::Error,
+    },
+    /// There is no such process.
+    #[error("there is no process {pid} to be followed")]
+    NoProcess {
+        /// Which.
+        pid: i32,
+    },
+    /// The tracked set is full.
+    #[error("process {pid} cannot be followed: {most} processes are already, which is the most")]
+    TooMany {
+        /// Which.
+        pid: i32,
+        /// How many can be.
+        most: u32,
+    },
     /// An iterator ended early.
     #[error("cannot read what the eBPF program `{program}` says of process {pid}: {source}")]
     Read {
@@ -94,6 +124,21 @@ pub enum EbpfError {
         /// Where.
         at: usize,
     },
+}
+
+/// An error with what lies behind it: aya's own messages mostly leave that out.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(error) = next {
+        let more = error.to_string();
+        if !text.ends_with(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        next = error.source();
+    }
+    text
 }
 
 impl EbpfError {

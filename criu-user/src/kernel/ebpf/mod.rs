@@ -11,7 +11,9 @@ pub mod maps;
 pub mod object;
 pub mod restart;
 pub mod survey;
+pub mod watch;
 
 pub use error::{EbpfError, EbpfResult};
 pub use gate::Gate;
 pub use survey::EbpfSurvey;
+pub use watch::Watch;

@@ -1,0 +1,281 @@
+//! The watching programs, each question by itself, on programs that do what it asks about.
+//!
+//! Needs root and an engine with the eBPF programs inside: `cargo xtask test` runs it.
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use criu_user::kernel::ebpf::watch::{Event, Generations, Kind, Questions, Watch, What};
+use nix::unistd::Pid;
+
+/// A Python that does what it is told, a line at a time.
+struct Program {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+}
+
+const LISTEN: &str = "
+import ctypes, fcntl, mmap, os, resource, signal, socket, subprocess, sys, threading, time
+libc = ctypes.CDLL(None, use_errno=True)
+print('ready', flush=True)
+for line in sys.stdin:
+    exec(line)
+    print('done', flush=True)
+";
+
+impl Program {
+    /// Debian's Python: a version manager's brings wrapper processes with it.
+    fn new() -> Self {
+        let mut python = Command::new("/usr/bin/python3");
+        let mut child =
+            python.args(["-c", LISTEN]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("start python3");
+        let input = child.stdin.take().expect("piped");
+        let output = BufReader::new(child.stdout.take().expect("piped"));
+        let mut program = Self { child, input, output };
+        program.hear("ready\n");
+        program
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id() as i32)
+    }
+
+    fn hear(&mut self, wanted: &str) {
+        let mut line = String::new();
+        self.output.read_line(&mut line).expect("read its line");
+        assert_eq!(line, wanted);
+    }
+
+    /// One line of Python. When this is back, it is done.
+    fn run(&mut self, line: &str) {
+        writeln!(self.input, "{line}").expect("write to it");
+        self.hear("done\n");
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        self.child.kill().expect("kill the program");
+        self.child.wait().expect("reap the program");
+    }
+}
+
+fn wait_for(watch: &mut Watch, what: &str, mut wanted: impl FnMut(&Event) -> bool) -> Event {
+    let begin = Instant::now();
+    let mut seen = Vec::new();
+    while begin.elapsed() < Duration::from_secs(10) {
+        while let Some(event) = watch.try_next() {
+            if wanted(&event) {
+                return event;
+            }
+            seen.push(event);
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    panic!("no {what}, only {seen:#?}");
+}
+
+fn pids(watch: &Watch) -> Vec<Pid> {
+    watch.tracked().expect("the set").iter().map(|process| process.pid).collect()
+}
+
+#[test]
+#[ignore = "needs root and the eBPF programs: cargo xtask test"]
+fn lifecycle_follows_children_from_their_first_instruction() {
+    let mut program = Program::new();
+    let mut other = Program::new();
+    let mut watch = Watch::start(Questions::LIFECYCLE).expect("load lifecycle alone");
+    watch.follow(program.pid()).expect("follow");
+    assert_eq!(pids(&watch), [program.pid()]);
+    other.run("subprocess.run(['true'])");
+    program.run("child = subprocess.Popen(['/bin/sh', '-c', 'sleep 1000 & exec sleep 1001'])");
+    let shell = match wait_for(&mut watch, "fork", |e| matches!(e.what, What::Fork { .. })) {
+        Event { pid, tid, what: What::Fork { child }, .. } => {
+            assert_eq!((pid, tid), (program.pid(), program.pid()));
+            child
+        }
+        _ => unreachable!("asked for"),
+    };
+    wait_for(&mut watch, "exec of sh", |e| e.pid == shell && e.what == What::Exec { name: "sh".into() });
+    wait_for(&mut watch, "exec of sleep", |e| e.pid == shell && e.what == What::Exec { name: "sleep".into() });
+    let tracked = watch.tracked().expect("the set");
+    assert_eq!(tracked.len(), 3, "{tracked:?}");
+    let grandchild = tracked.iter().find(|p| p.parent == Some(shell)).expect("the background sleep").pid;
+    nix::sys::signal::kill(grandchild, nix::sys::signal::Signal::SIGTERM).expect("kill it");
+    wait_for(&mut watch, "exit", |e| e.pid == grandchild && e.what == What::Exit { code: 15 });
+    program.run("child.kill(); child.wait()");
+    wait_for(&mut watch, "exit", |e| e.pid == shell && e.what == What::Exit { code: 9 });
+    program.run("t = threading.Thread(target=lambda: None); t.start(); t.join()");
+    let tid = match wait_for(&mut watch, "thread", |e| matches!(e.what, What::Thread { .. })).what {
+        What::Thread { tid } => tid,
+        _ => unreachable!("asked for"),
+    };
+    wait_for(&mut watch, "its end", |e| e.tid == tid && e.what == What::ThreadExit { code: 0 });
+    program.run("subprocess.run(['/bin/sh', '-c', 'exit 3'])");
+    wait_for(&mut watch, "exit", |e| e.what == What::Exit { code: 3 << 8 });
+    assert_eq!(pids(&watch), [program.pid()]);
+    watch.forget(program.pid()).expect("forget");
+    assert_eq!(pids(&watch), []);
+    assert_eq!(watch.lost().expect("losses"), Default::default());
+}
+
+#[test]
+#[ignore = "needs root and the eBPF programs: cargo xtask test"]
+fn a_tree_is_followed_whole_though_it_forks_all_the_time() {
+    let mut program = Program::new();
+    // Each forks another every few milliseconds and lives on for a while.
+    program.run("code = 'import os,time\\nfor _ in range(40):\\n  if os.fork()==0:\\n    time.sleep(2); os._exit(0)\\n  time.sleep(0.002)\\ntime.sleep(2)'");
+    program
+        .run("trees = [subprocess.Popen(['/usr/bin/python3', '-c', code], start_new_session=True) for _ in range(3)]");
+    std::thread::sleep(Duration::from_millis(100));
+    let mut watch = Watch::start(Questions::LIFECYCLE).expect("load");
+    watch.follow_tree(program.pid()).expect("follow");
+    std::thread::sleep(Duration::from_millis(700));
+    let set = pids(&watch);
+    let listed = descendants(program.pid());
+    assert!(listed.len() > 100, "{} processes", listed.len());
+    for pid in &listed {
+        assert!(set.contains(pid), "{pid} is not in the set of {}", set.len());
+    }
+    program.run("[tree.wait() for tree in trees]");
+}
+
+fn descendants(root: Pid) -> Vec<Pid> {
+    let mut all = vec![root];
+    let mut next = 0;
+    while let Some(parent) = all.get(next).copied() {
+        next += 1;
+        let text = std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap_or_default();
+        all.extend(text.split_whitespace().map(|word| Pid::from_raw(word.parse().expect("a pid"))));
+    }
+    // Zombies are not followed any more.
+    all.retain(|pid| std::fs::read_link(format!("/proc/{pid}/exe")).is_ok());
+    all
+}
+
+#[test]
+#[ignore = "needs root and the eBPF programs: cargo xtask test"]
+fn memory_counts_write_faults_by_block() {
+    let mut program = Program::new();
+    let mut other = Program::new();
+    let mut watch = Watch::start(Questions::MEMORY).expect("load memory alone");
+    watch.follow(program.pid()).expect("follow");
+    let write = "m = mmap.mmap(-1, 64 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS); m.madvise(mmap.MADV_NOHUGEPAGE)";
+    for program in [&mut program, &mut other] {
+        program.run(write);
+        program.run("for at in range(0, 16 << 20, 4096): m[at] = 1");
+    }
+    let blocks = watch.faults(program.pid()).expect("faults");
+    let missing: u64 = blocks.iter().map(|block| block.missing).sum();
+    assert!((4096..4400).contains(&missing), "{missing} faults on missing pages");
+    assert!(blocks.iter().filter(|block| block.missing == 512).count() >= 7, "{blocks:?}");
+    assert!(blocks.iter().all(|block| block.last > Duration::ZERO));
+    assert_eq!(watch.faults(other.pid()).expect("faults"), []);
+    let firsts = std::iter::from_fn(|| watch.try_next()).filter(|e| matches!(e.what, What::FirstWrite { .. })).count();
+    assert!((8..blocks.len() + 1).contains(&firsts), "{firsts} first writes of {} blocks", blocks.len());
+    // Read without being written: a page of zeros is there, which the next write replaces.
+    program.run("sum(m[at] for at in range(32 << 20, 34 << 20, 4096))");
+    program.run("for at in range(32 << 20, 34 << 20, 4096): m[at] = 1");
+    let (pid, totals) = watch.fault_totals().expect("totals")[0];
+    assert_eq!(pid, program.pid());
+    assert!((512..800).contains(&totals.protected), "{totals:?}");
+    assert_eq!(watch.lost().expect("losses"), Default::default());
+}
+
+fn generations(watch: &Watch, program: &Program) -> Generations {
+    watch.generations(program.pid()).expect("the map").expect("followed")
+}
+
+#[test]
+#[ignore = "needs root and the eBPF programs: cargo xtask test"]
+fn syscalls_move_the_kinds_that_they_touch_and_no_others() {
+    let mut program = Program::new();
+    let mut watch = Watch::start(Questions::SYSCALLS | Questions::LIFECYCLE).expect("load");
+    watch.follow(program.pid()).expect("follow");
+    // Until nothing moves that Python does by itself.
+    for _ in 0..3 {
+        program.run("time.sleep(0.001)");
+    }
+    let cases: &[(&str, &[Kind])] = &[
+        ("fd = os.dup(0)", &[Kind::Descriptors]),
+        ("os.close(fd)", &[Kind::Descriptors]),
+        ("os.umask(0o22)", &[Kind::Directories]),
+        ("os.chdir('/tmp')", &[Kind::Directories]),
+        ("signal.signal(signal.SIGUSR1, signal.SIG_IGN)", &[Kind::Actions]),
+        ("signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])", &[Kind::Masks]),
+        ("signal.setitimer(signal.ITIMER_REAL, 1000)", &[Kind::Timers]),
+        ("resource.setrlimit(resource.RLIMIT_CORE, (0, 0))", &[Kind::Limits]),
+        ("os.sched_setaffinity(0, os.sched_getaffinity(0))", &[Kind::Scheduling]),
+        ("libc.prctl(38, 1, 0, 0, 0)", &[Kind::Credentials]),
+        ("libc.prctl(15, b'name', 0, 0, 0)", &[Kind::Settings]),
+        ("fcntl.fcntl(0, fcntl.F_GETFL)", &[]),
+        ("fcntl.fcntl(0, fcntl.F_SETFD, 0)", &[Kind::Descriptors]),
+        ("os.getppid(); os.read(os.open('/dev/null', 0), 1)", &[Kind::Descriptors]),
+        ("a, b = socket.socketpair(); a.setsockopt(1, 2, 1)", &[Kind::Descriptors, Kind::Sockets]),
+    ];
+    for (line, kinds) in cases {
+        let before = generations(&watch, &program);
+        program.run(line);
+        let after = generations(&watch, &program);
+        for kind in Kind::ALL {
+            // Python's own: its allocator maps and unmaps as it likes.
+            if kind != Kind::Memory {
+                assert_eq!(after.is_unchanged_since(&before, kind), !kinds.contains(&kind), "{line}: {kind:?}");
+            }
+        }
+    }
+    let before = generations(&watch, &program);
+    program.run("m = mmap.mmap(-1, 4096)");
+    assert!(!generations(&watch, &program).is_unchanged_since(&before, Kind::Memory));
+    // A child of vfork has its parent's memory until it executes something.
+    let before = generations(&watch, &program);
+    program.run("subprocess.run(['true'])");
+    assert!(!generations(&watch, &program).is_unchanged_since(&before, Kind::Actions), "after vfork");
+    // Nobody looked for a while: nothing is known.
+    let before = generations(&watch, &program);
+    watch.ask(Questions::LIFECYCLE).expect("stop looking");
+    assert_eq!(watch.generations(program.pid()).expect("the map"), None);
+    watch.ask(Questions::SYSCALLS | Questions::LIFECYCLE).expect("look again");
+    assert!(!generations(&watch, &program).is_unchanged_since(&before, Kind::Actions), "over a gap");
+}
+
+#[test]
+#[ignore = "needs root and the eBPF programs: cargo xtask test"]
+fn calls_that_make_a_dump_impossible_are_reported() {
+    let mut program = Program::new();
+    let mut watch = Watch::start(Questions::SYSCALLS).expect("load syscalls alone");
+    watch.follow(program.pid()).expect("follow");
+    let cases: &[(&str, &str, bool)] = &[
+        ("ring = ctypes.create_string_buffer(120); libc.syscall(425, 4, ring)", "io_uring_setup", true),
+        ("libc.syscall(425, 0, 0)", "io_uring_setup", false),
+        ("u = libc.syscall(323, 1)", "userfaultfd", true),
+        ("s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)", "socket", true),
+        ("s = socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)", "socket", true),
+        ("s = socket.socket(socket.AF_INET, socket.SOCK_STREAM)", "socket", false),
+        ("s = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)", "socket", false),
+        ("s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)", "socket", false),
+        ("p = os.pidfd_open(os.getpid())", "pidfd_open", true),
+        ("libc.unshare(0x04000000)", "unshare", true),
+        ("f = os.memfd_create('x')", "memfd_create", false),
+    ];
+    for (line, name, reported) in cases {
+        program.run(line);
+        let calls: Vec<_> = std::iter::from_fn(|| watch.try_next())
+            .filter_map(|event| match event.what {
+                What::Call(call) => Some((event.pid, event.tid, call)),
+                _ => None,
+            })
+            .collect();
+        let names: Vec<_> = calls.iter().map(|(_, _, call)| criu_user::kernel::syscall_name(call.number)).collect();
+        assert_eq!(names, if *reported { vec![*name] } else { vec![] }, "{line}");
+        for (pid, tid, call) in calls {
+            assert_eq!((pid, tid), (program.pid(), program.pid()));
+            assert!(call.result >= 0 && !call.stack.is_empty(), "{line}: {call:?}");
+            if line.contains("AF_PACKET") {
+                assert_eq!(call.arguments[..2], [17, 3 | 0o2000000], "{call:?}");
+            }
+        }
+    }
+}
