@@ -2,7 +2,7 @@
 //!
 //! `E2E_CYCLES` says how often a stream is moved (5 times if it does not).
 
-use std::{env, fs, thread::sleep, time::Duration};
+use std::{env, fs, io::Write, net::TcpStream, thread::sleep, time::Duration};
 
 use e2e::{Options, Program, Row, Workload, rows, workload_rows};
 
@@ -169,6 +169,26 @@ fn in_flight(row: &Row) {
     pair.peer.wait_for_word("ok");
 }
 
+/// Who asks for a connection while the program is away is not told that nobody listens, but asks again.
+fn late_client(row: &Row) {
+    let mut program = Workload::new("tcp.py", "late_client").start();
+    let port = number(&program, "port") as u16;
+    let locking = row.with(Options { dump: vec!["--lock-listeners".into()], ..Options::default() });
+    let images = locking.dump(&program);
+    // Any address of 127/8 is its own.
+    let client = std::thread::spawn(move || TcpStream::connect(("127.0.0.5", port)));
+    sleep(Duration::from_millis(300));
+    assert!(!client.is_finished(), "the client was answered: {:?}", client.join());
+    let listed = row.dumper.call(&["gate".into(), "list".into()], &images, "gate").expect_success().printed;
+    assert!(listed.contains(&format!("new clients of 127.0.0.1:{port}  held")), "{listed}");
+    row.restore(&program, &images);
+    let mut stream = client.join().expect("the client").expect("a connection");
+    stream.write_all(b"at last").expect("writing to the program");
+    program.finish();
+    let listed = row.dumper.call(&["gate".into(), "list".into()], &images, "gate").expect_success().printed;
+    assert!(!listed.contains(&format!(":{port} ")), "the gate is left: {listed}");
+}
+
 /// What `criu-ebpf tcp` says of a tree and of its images.
 fn shown(row: &Row) {
     let row = kept(row);
@@ -232,6 +252,7 @@ rows! {
     many_connections => many;
     request_sent => syn_sent;
     client_in_flight => in_flight;
+    client_asks_later => late_client;
 
     table => shown;
     urgent_data => |row| refused(row, "urgent", "urgent");
@@ -367,16 +388,18 @@ mod killed {
         let images = row.dump(&pair.program);
         let whole = row.restore(&pair.program, &images).outcome.took;
         let mut moments = Moments::new();
-        for _ in 0..kills() {
+        for kill in 0..kills() {
             wait_for_progress(&pair);
             let images = row.dump(&pair.program);
             let words = row.restorer.restore_words(&images, &row.options);
             row.restorer.killed_after(&words, moments.within(whole));
             sleep(Duration::from_millis(20));
             reaper::try_reap(pair.program.pid());
-            if runs(&pair.program) {
+            let (alive, closed) = (runs(&pair.program), gates(&row, &pair.program, &images));
+            println!("after kill {kill}: the program {}, gates {closed:?}", if alive { "runs" } else { "is gone" });
+            if alive {
                 // All but the last step was done.
-                for gate in gates(&row, &pair.program, &images) {
+                for gate in closed {
                     let words = ["gate".into(), "clear".into(), gate.into()];
                     row.restorer.call(&words, &images, "gate").expect_success();
                 }

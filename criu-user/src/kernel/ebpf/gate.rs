@@ -3,22 +3,21 @@
 //! A gate lives as long as somebody holds it: the engine, or names in a bpf file system once a dump is complete. Until
 //! then it opens with the engine's death.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use criu_common::gate::{Connection, Held, bytes, from_bytes};
-use nix::ifaddrs::getifaddrs;
 use nix::mount::{MsFlags, mount};
-use nix::net::if_::{InterfaceFlags, if_nametoindex};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::bpf::Purpose;
 use super::links::{self, Way};
 use super::object::Loaded;
 use super::{EbpfError, EbpfResult, maps};
+use crate::kernel::interfaces;
 
 /// The compiled program; none where the toolchain was missing.
 #[cfg(ebpf_programs)]
@@ -79,7 +78,8 @@ impl Gate {
     /// Attaches to interfaces that have no link yet; whether there were any.
     fn cover(&mut self, program: &OwnedFd) -> EbpfResult<bool> {
         let mut new = false;
-        for (interface, index) in interfaces()? {
+        // Nothing comes through those that are down, and each takes its time.
+        for (interface, index) in interfaces::up().map_err(|e| EbpfError::Interfaces { source: e.errno.into() })? {
             for (way, word) in [(Way::In, "in"), (Way::Out, "out")] {
                 let name = format!("{index}-{word}");
                 if self.links.iter().any(|(known, _)| *known == name) {
@@ -225,15 +225,6 @@ fn make_directory(dir: &Path) -> EbpfResult<()> {
         }
     }
     Err(pinning(dir, "mkdir")(std::io::ErrorKind::NotFound.into()))
-}
-
-/// Names and numbers of the interfaces that are up: nothing comes through others, and each takes its time.
-fn interfaces() -> EbpfResult<BTreeMap<String, u32>> {
-    let failed = |e: nix::errno::Errno| EbpfError::Interfaces { source: e.into() };
-    let up = getifaddrs().map_err(failed)?.filter(|address| address.flags.contains(InterfaceFlags::IFF_UP));
-    let names: BTreeSet<String> = up.map(|address| address.interface_name).collect();
-    // One that has gone meanwhile has no number.
-    Ok(names.into_iter().filter_map(|name| Some((name.clone(), if_nametoindex(name.as_str()).ok()?))).collect())
 }
 
 fn directory(name: &str) -> PathBuf {

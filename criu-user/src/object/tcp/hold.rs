@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use criu_common::gate;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use prost::Message;
@@ -17,7 +18,8 @@ use tracing::{debug, info};
 
 use super::lock::LockError;
 use super::read::{TcpError, read_with};
-use super::{Connection, Ends, NetworkLock, State};
+use super::{Connection, Ends, NetworkLock, State, ends};
+use crate::dump::DumpOptions;
 use crate::freeze::Frozen;
 use crate::image::proto::{InetSkEntry, InventoryEntry, TcpStreamEntry};
 use crate::image::{ImageDir, ImageKind};
@@ -57,6 +59,8 @@ pub struct Hold {
     /// What the gate is called once it is permanent.
     name: String,
     sockets: Vec<Socket>,
+    /// Ends that nobody may ask for a connection with.
+    listeners: Vec<gate::Connection>,
     /// What was read of each, in the same order.
     read: Vec<Connection>,
 }
@@ -66,7 +70,11 @@ type Told = Result<Connection, String>;
 
 impl Hold {
     /// Makes everything ready that need not be done while the tree stands still.
-    pub fn prepare(pid: Pid, lock: NetworkLock) -> Result<Self, LockError> {
+    pub fn prepare(options: &DumpOptions) -> Result<Self, LockError> {
+        let (pid, lock) = (options.pid, options.network_lock);
+        if options.lock_listeners && lock == NetworkLock::Skip {
+            return Err(LockError::NoLock);
+        }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
         let gate = lock.gate()?;
         if gate.is_some() {
@@ -83,13 +91,25 @@ impl Hold {
         Ok(())
     }
 
+    /// Adds a listening socket: requests for connections with it will be dropped.
+    pub fn add_listener(&mut self, entry: &InetSkEntry) -> Result<(), ObjectError> {
+        let end = Ends::of(entry, 0).local;
+        self.listeners.extend(ends::reached_at(end, entry.v6only())?.map(ends::asking));
+        Ok(())
+    }
+
+    fn is_idle(&self) -> bool {
+        self.sockets.is_empty() && self.listeners.is_empty()
+    }
+
     /// Closes the gate, then reads all connections.
     pub fn read(&mut self, cx: &mut Capture<'_>) -> Result<(), ObjectError> {
-        if self.sockets.is_empty() {
+        if self.is_idle() {
             return Ok(());
         }
         if let Some(gate) = &self.gate {
-            let keys: Vec<_> = self.sockets.iter().map(|socket| socket.ends.key()).collect();
+            let keys: Vec<_> =
+                self.sockets.iter().map(|socket| socket.ends.key()).chain(self.listeners.clone()).collect();
             gate.lock(&keys).map_err(LockError::from)?;
         }
         let engine = Pid::this();
@@ -140,7 +160,7 @@ impl Hold {
 
     /// Says in the inventory how connections are held.
     pub fn describe(&self, inventory: &mut InventoryEntry) {
-        if self.sockets.is_empty() {
+        if self.is_idle() {
             return;
         }
         inventory.network_lock_method = Some(CRIU_LOCK_SKIP);
@@ -150,7 +170,8 @@ impl Hold {
 
     /// Makes the gate permanent and kills the tree, whatever becomes of us meanwhile.
     pub fn seal(&mut self, frozen: &Frozen) -> Result<(), ObjectError> {
-        let Some(gate) = self.gate.as_mut().filter(|_| !self.sockets.is_empty()) else { return Ok(()) };
+        let idle = self.is_idle();
+        let Some(gate) = self.gate.as_mut().filter(|_| !idle) else { return Ok(()) };
         let failure = apart::run(|| {
             if let Err(err) = gate.pin(&self.name) {
                 return Ok(err.to_string().into_bytes());

@@ -30,6 +30,9 @@ pub enum LockError {
         "this engine has no --network-lock nftables; ebpf needs no netfilter rules, and skip leaves it to you to keep the network away"
     )]
     NoNftables,
+    /// Listening sockets cannot be locked without a lock.
+    #[error("--lock-listeners needs a lock, and --network-lock skip is none: leave one of them out")]
+    NoLock,
 }
 
 impl NetworkLock {
