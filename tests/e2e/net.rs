@@ -14,12 +14,27 @@ pub struct Network {
 impl Network {
     /// `number` tells the networks of one run apart, the process id those of several.
     pub fn new(number: u8) -> Self {
-        let pid = std::process::id();
-        let network = Self { name: format!("e2e{pid}-{number}"), link: None };
+        let network = Self { name: format!("e2e{}-{number}", std::process::id()), link: None };
         ip(&format!("netns add {}", network.name));
-        ip(&format!("link add e{pid}-{number} type veth peer name peer netns {}", network.name));
-        network.configure(number);
+        network.cable(number);
         network
+    }
+
+    fn cable(&self, number: u8) {
+        ip(&format!("link add e{}-{number} type veth peer name peer netns {}", std::process::id(), self.name));
+        self.configure(number);
+    }
+
+    /// Takes an interface of our own away.
+    pub fn remove(&self, interface: &str) {
+        ip(&format!("link del {interface}"));
+    }
+
+    /// Takes the cable away and lays another one, with the same addresses.
+    pub fn replace_cable(&self) {
+        let number = self.name.rsplit('-').next().and_then(|number| number.parse().ok()).expect("a number");
+        ip(&format!("link del e{}-{number}", std::process::id()));
+        self.cable(number);
     }
 
     /// The same, but what is sent comes late, out of order, or not at all.

@@ -261,6 +261,8 @@ rows! {
 
 /// The peer is in a network namespace of its own, at the other end of a cable: its address is none of ours.
 mod remote {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
     use crate::net::Network;
 
@@ -276,6 +278,49 @@ mod remote {
             move_once(&row, &pair.program);
             pair.program.next();
         }
+        pair.finish();
+    }
+
+    /// The gate stands at an interface as well that comes up while the engine is at work.
+    #[test]
+    fn interface_during_the_dump() {
+        let network = Network::new(7);
+        let pair = pair(&network, "quiet", "v4", 1);
+        let script = pair.program.file("script");
+        let name = format!("e{}-7x", std::process::id());
+        let text = format!(
+            "#!/bin/sh\n[ $CRTOOLS_SCRIPT_ACTION = post-dump ] || exit 0\nip link add {name} type veth peer name {name}p && ip link set {name} up\n"
+        );
+        fs::write(&script, text).expect("writing the script");
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).expect("chmod");
+        let words = vec!["--tcp-established".into(), "--action-script".into(), script.into_os_string()];
+        let row = kept(&Row::ours(e2e::Survey::Proc));
+        let images = row.with(Options { dump: words, ..Options::default() }).dump(&pair.program);
+        let index = fs::read_to_string(format!("/sys/class/net/{name}/ifindex")).expect("the new interface");
+        let own = format!("{}-", pair.program.pid());
+        let gates = fs::read_dir("/sys/fs/bpf/criu-ebpf").expect("the gates").flatten();
+        let gate = gates
+            .map(|gate| gate.path())
+            .find(|gate| gate.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&own)));
+        let pinned = gate.expect("the gate").join(format!("{}-in", index.trim())).exists();
+        network.remove(&name);
+        assert!(pinned, "the gate does not stand at {name}");
+        row.restore(&pair.program, &images);
+        pair.finish();
+    }
+
+    /// An interface that goes and comes back while nobody looks has no gate: the peer may have been told anything.
+    #[test]
+    fn interface_that_came_late() {
+        let network = Network::new(6);
+        let row = kept(&Row::ours(e2e::Survey::Proc));
+        let pair = pair(&network, "quiet", "v4", 1);
+        let images = row.dump(&pair.program);
+        network.replace_cable();
+        row.restorer.restore(&images, &row.options).expect_refusal("came up after the dump");
+        let words = ["--tcp-established", "--network-lock", "skip"].map(Into::into).to_vec();
+        let skipping = row.with(Options { restore: words, ..Options::default() });
+        skipping.restore(&pair.program, &images);
         pair.finish();
     }
 
@@ -342,6 +387,24 @@ mod killed {
         proc::stat(program.pid()).is_some_and(|(state, _)| state != 'Z')
     }
 
+    /// Whether it runs on after its engine was killed. What dies with the engine is told of that before the engine is seen
+    /// to be gone, but may take its time.
+    fn lives_on(program: &Program) -> bool {
+        const SIGKILL: u64 = 1 << (9 - 1);
+        let is_told = || {
+            let status = fs::read_to_string(format!("/proc/{}/status", program.pid())).unwrap_or_default();
+            let pending =
+                status.lines().filter_map(|line| line.strip_prefix("SigPnd:").or(line.strip_prefix("ShdPnd:")));
+            pending.filter_map(|set| u64::from_str_radix(set.trim(), 16).ok()).any(|set| set & SIGKILL != 0)
+        };
+        while runs(program) && is_told() {
+            sleep(Duration::from_millis(1));
+        }
+        sleep(Duration::from_millis(20));
+        reaper::try_reap(program.pid());
+        runs(program)
+    }
+
     /// Gates of this program's that are closed.
     fn gates(row: &Row, program: &Program, images: &Path) -> Vec<String> {
         let listed = row.restorer.call(&["gate".into(), "list".into()], images, "gate").expect_success().printed;
@@ -393,9 +456,7 @@ mod killed {
             let images = row.dump(&pair.program);
             let words = row.restorer.restore_words(&images, &row.options);
             row.restorer.killed_after(&words, moments.within(whole));
-            sleep(Duration::from_millis(20));
-            reaper::try_reap(pair.program.pid());
-            let (alive, closed) = (runs(&pair.program), gates(&row, &pair.program, &images));
+            let (alive, closed) = (lives_on(&pair.program), gates(&row, &pair.program, &images));
             println!("after kill {kill}: the program {}, gates {closed:?}", if alive { "runs" } else { "is gone" });
             if alive {
                 // All but the last step was done.

@@ -17,7 +17,8 @@ use super::bpf::Purpose;
 use super::links::{self, Way};
 use super::object::Loaded;
 use super::{EbpfError, EbpfResult, maps};
-use crate::kernel::interfaces;
+use crate::kernel::SysError;
+use crate::kernel::interfaces::{self, Watch};
 
 /// The compiled program; none where the toolchain was missing.
 #[cfg(ebpf_programs)]
@@ -48,11 +49,17 @@ pub struct Gate {
     links: Vec<(String, OwnedFd)>,
     /// Its directory, where it is pinned.
     pinned: Option<PathBuf>,
+    /// The program and what tells of interfaces that appear, where we have made the gate.
+    keeper: Option<(OwnedFd, Watch)>,
 }
 
 fn failed(on: impl Into<String>) -> impl FnOnce((&'static str, std::io::Error)) -> EbpfError {
     let on = on.into();
     move |(command, source)| EbpfError::Call { command, on, source }
+}
+
+fn listing(error: SysError) -> EbpfError {
+    EbpfError::Interfaces { source: error.errno.into() }
 }
 
 fn pinning(path: &Path, call: &'static str) -> impl FnOnce(std::io::Error) -> EbpfError {
@@ -69,17 +76,47 @@ impl Gate {
     pub fn new() -> EbpfResult<Self> {
         let mut object = Loaded::new("gate", OBJECT.ok_or(EbpfError::NotBuilt)?, HashMap::new())?;
         let program = object.load("gate", Purpose::Classifier)?;
-        let mut gate = Self { map: object.take_map("LOCKED")?, links: Vec::new(), pinned: None };
-        // Interfaces may come while we are about it.
-        while gate.cover(&program)? {}
+        let watch = Watch::new().map_err(listing)?;
+        let map = object.take_map("LOCKED")?;
+        let mut gate = Self { map, links: Vec::new(), pinned: None, keeper: Some((program, watch)) };
+        gate.cover_all()?;
         Ok(gate)
+    }
+
+    /// Looks after interfaces that have come up since it was made, or since the last look. Call it at every step that
+    /// takes the gate for complete.
+    pub fn refresh(&mut self) -> EbpfResult<()> {
+        let news = self.keeper.as_ref().map(|(_, watch)| watch.has_news()).transpose().map_err(listing)?;
+        if news == Some(true) { self.cover_all() } else { Ok(()) }
+    }
+
+    /// Interfaces may come while we are about it.
+    fn cover_all(&mut self) -> EbpfResult<()> {
+        let Some((program, watch)) = self.keeper.take() else { return Ok(()) };
+        let covered = (|| {
+            while self.cover(&program)? {}
+            Ok(())
+        })();
+        self.keeper = Some((program, watch));
+        covered
+    }
+
+    /// Interfaces that a gate of an earlier engine does not stand at: they came up when nobody looked.
+    pub fn uncovered(&self) -> EbpfResult<Vec<String>> {
+        let Some(dir) = &self.pinned else { return Ok(Vec::new()) };
+        let up = interfaces::up().map_err(listing)?;
+        Ok(up
+            .into_iter()
+            .filter(|(_, index)| !dir.join(format!("{index}-in")).exists())
+            .map(|(name, _)| name)
+            .collect())
     }
 
     /// Attaches to interfaces that have no link yet; whether there were any.
     fn cover(&mut self, program: &OwnedFd) -> EbpfResult<bool> {
         let mut new = false;
         // Nothing comes through those that are down, and each takes its time.
-        for (interface, index) in interfaces::up().map_err(|e| EbpfError::Interfaces { source: e.errno.into() })? {
+        for (interface, index) in interfaces::up().map_err(listing)? {
             for (way, word) in [(Way::In, "in"), (Way::Out, "out")] {
                 let name = format!("{index}-{word}");
                 if self.links.iter().any(|(known, _)| *known == name) {
@@ -112,6 +149,7 @@ impl Gate {
     /// Makes it outlive us, under this name.
     pub fn pin(&mut self, name: &str) -> EbpfResult<()> {
         mount_bpffs()?;
+        self.refresh()?;
         let dir = directory(name);
         make_directory(&dir)?;
         let pin = |object: &OwnedFd, name: &str| {
@@ -137,7 +175,7 @@ impl Gate {
             return Ok(None);
         }
         let fd = links::pinned(&map).map_err(failed(map.display().to_string()))?;
-        Ok(Some(Self { map: fd, links: Vec::new(), pinned: Some(dir) }))
+        Ok(Some(Self { map: fd, links: Vec::new(), pinned: Some(dir), keeper: None }))
     }
 
     /// Whether a gate of this name is still closed.

@@ -107,7 +107,8 @@ impl Hold {
         if self.is_idle() {
             return Ok(());
         }
-        if let Some(gate) = &self.gate {
+        if let Some(gate) = &mut self.gate {
+            gate.refresh().map_err(LockError::from)?;
             let keys: Vec<_> =
                 self.sockets.iter().map(|socket| socket.ends.key()).chain(self.listeners.clone()).collect();
             gate.lock(&keys).map_err(LockError::from)?;
