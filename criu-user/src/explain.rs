@@ -23,7 +23,7 @@ pub fn text(plan: &Plan) -> String {
     for (n, opener) in plan.opens.iter().enumerate() {
         let _ = writeln!(out, "file {n}: {}", opener.describe());
     }
-    for task in &plan.tasks {
+    for (n, task) in plan.tasks.iter().enumerate() {
         let _ = writeln!(out, "\ntask {} of process {} ({:?})", task.tid, task.pid, task.role);
         for area in &task.kernel_areas {
             let _ = writeln!(out, "  {:?}  {} at {:#x}", Stage::Empty, area.name, area.start);
@@ -31,6 +31,14 @@ pub fn text(plan: &Plan) -> String {
         for stage in Stage::ALL {
             for call in task.stage(stage) {
                 let _ = writeln!(out, "  {stage:?}  {}  # {}", describe(call), call.why);
+            }
+            if stage == Stage::Fill {
+                for assist in plan.assists.iter().filter(|assist| assist.task.0 == n) {
+                    let bytes: u64 = assist.pieces.iter().map(|(_, len, _)| len).sum();
+                    let (pieces, file) = (assist.pieces.len(), assist.file.0);
+                    let _ =
+                        writeln!(out, "  {stage:?}  by the engine: {bytes} bytes in {pieces} pieces from file {file}");
+                }
             }
         }
         if let Some(resume) = &task.resume {

@@ -10,6 +10,8 @@ use std::os::fd::OwnedFd;
 use nix::unistd::Pid;
 use serde::Serialize;
 
+use crate::kernel::fill::Piece;
+
 /// A reason, for a reader. Plans have tens of thousands: those about addresses become text only when somebody reads.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Why {
@@ -66,6 +68,17 @@ pub struct Buffer {
     pub len: usize,
 }
 
+/// A structure that a call is given.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Structure {
+    /// The structure, zeros where pointers go.
+    pub bytes: Vec<u8>,
+    /// Where in it a pointer goes, and what it points to.
+    pub pointers: Vec<(usize, Vec<u8>)>,
+    /// Where in it the (32-bit) number of an inherited file goes.
+    pub files: Vec<(usize, FileRef)>,
+}
+
 /// An argument of a planned call.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub enum Arg {
@@ -75,15 +88,8 @@ pub enum Arg {
     File(FileRef),
     /// A pointer to these bytes.
     Bytes(Vec<u8>),
-    /// A pointer to a structure that holds pointers to further bytes at these offsets.
-    Struct {
-        /// The structure, zeros where pointers go.
-        bytes: Vec<u8>,
-        /// Where in it a pointer goes, and what it points to.
-        pointers: Vec<(usize, Vec<u8>)>,
-        /// Where in it the (32-bit) number of an inherited file goes.
-        files: Vec<(usize, FileRef)>,
-    },
+    /// A pointer to a structure that holds pointers. (In a box: there are few, and of arguments there are many.)
+    Struct(Box<Structure>),
     /// The result of the call this many places before (1 is the one right before); both run in one batch.
     Earlier(usize),
     /// A pointer to a buffer that a call fills.
@@ -100,6 +106,12 @@ arg_from!(u64, i64, u32, i32, usize);
 impl From<FileRef> for Arg {
     fn from(file: FileRef) -> Self {
         Arg::File(file)
+    }
+}
+
+impl From<Structure> for Arg {
+    fn from(structure: Structure) -> Self {
+        Arg::Struct(Box::new(structure))
     }
 }
 
@@ -292,6 +304,8 @@ pub struct Task {
     pub kernel_areas: Vec<KernelArea>,
     /// Ranges of memory that it is born with and keeps.
     pub keep: Vec<(u64, u64)>,
+    /// Ranges of new anonymous memory that the engine fills.
+    pub fresh: Vec<(u64, u64)>,
 }
 
 /// An area of the kernel's own in a process.
@@ -318,6 +332,7 @@ impl Task {
             stopped: false,
             kernel_areas: Vec::new(),
             keep: Vec::new(),
+            fresh: Vec::new(),
         }
     }
 }
@@ -415,6 +430,15 @@ pub trait Deed: fmt::Debug {
     fn run(&self, opened: &Opened) -> Result<(), Box<dyn std::error::Error + Send + Sync>>;
 }
 
+/// What is there before pages are filled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub enum Ground {
+    /// One of the task's `fresh` ranges: new anonymous memory, without any page.
+    Empty,
+    /// Whatever can be written to.
+    Any,
+}
+
 /// Pages of a task that the engine fills.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Assist {
@@ -422,8 +446,10 @@ pub struct Assist {
     pub task: TaskRef,
     /// From which file.
     pub file: FileRef,
-    /// Address in the task, length, offset in the file.
-    pub pieces: Vec<(u64, u64, u64)>,
+    /// Onto what.
+    pub ground: Ground,
+    /// What goes where.
+    pub pieces: Vec<Piece>,
 }
 
 /// Connections to somebody outside, who must not hear of anything until all tasks are ready.
@@ -459,7 +485,7 @@ pub struct Plan {
     pub opens: Vec<Box<dyn Opener>>,
     /// Tasks, parents before children and leaders before their threads.
     pub tasks: Vec<Task>,
-    /// Pages that the engine fills while the tasks fill theirs: two processors are faster than one.
+    /// Pages that the engine fills while the tasks fill theirs: those of large processes, with all processors.
     pub assists: Vec<Assist>,
     /// What the engine does after a stage.
     pub deeds: Vec<(Stage, Box<dyn Deed>)>,

@@ -67,6 +67,15 @@ pub enum RestoreError {
     /// The images cannot be made into a plan.
     #[error(transparent)]
     Object(#[from] ObjectError),
+    /// There is nothing but memory.
+    #[error(
+        "{path} is a pre-dump, of memory only: restore from the dump that was made after it with --prev-images-dir",
+        path = path.display()
+    )]
+    PreDump {
+        /// The images.
+        path: PathBuf,
+    },
     /// Somebody does not let it happen.
     #[error(transparent)]
     Objection(#[from] Objection),
@@ -131,13 +140,16 @@ pub fn restore(options: &RestoreOptions, observer: &dyn Observer) -> Result<Summ
 struct ProcessImages {
     entry: PstreeEntry,
     core: CoreEntry,
-    mm: MmEntry,
+    mm: Rc<MmEntry>,
     fs: FsEntry,
     ids: TaskKobjIdsEntry,
 }
 
 /// Makes the plan of a restore.
 pub fn plan(dir: &ImageDir, options: &RestoreOptions) -> Result<Plan, RestoreError> {
+    if dir.inventory()?.pre_dump() {
+        return Err(RestoreError::PreDump { path: dir.path().to_owned() });
+    }
     let entries: Vec<PstreeEntry> = dir.read_all(ImageKind::Pstree)?;
     references::tree(&dir.path_of(ImageKind::Pstree), &entries)?;
     let mut files: Vec<Rc<FileEntry>> = Vec::new();
@@ -219,7 +231,7 @@ fn read_processes(
         processes.push(ProcessImages {
             entry: entry.clone(),
             core: core.clone(),
-            mm: dir.read_one(ImageKind::Mm.id(pid))?,
+            mm: Rc::new(dir.read_one(ImageKind::Mm.id(pid))?),
             fs: dir.read_one(ImageKind::Fs.id(pid))?,
             ids: match &core.ids {
                 Some(ids) => *ids,

@@ -23,5 +23,6 @@ mod tcp_streams;
 mod terminals;
 mod threads;
 mod timers;
+mod track;
 mod tree;
 mod unix;

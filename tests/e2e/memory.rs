@@ -20,6 +20,7 @@ workload_rows! { "memory.py";
     protection_none
     executable
     many_mappings
+    many_protections
     advice_dontfork
     advice_dontdump
     advice_hugepage

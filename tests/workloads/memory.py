@@ -347,6 +347,49 @@ def many_mappings():
     equal(len(lines) > count, True, "areas before")
 
 
+@case
+def many_protections():
+    """Thousands of areas with a large one's pages: read-only ones of every content, ones of a private file among them, and
+    advice for some. A child that has most of it in common."""
+    with open(path("data"), "wb") as file:
+        file.write(pattern(3000 * PAGE))
+    fd = os.open(path("data"), os.O_RDONLY)
+    count = 7000
+    at = map_at(count * PAGE)
+    put(at, b"".join(b"%8d" % n + bytes(PAGE - 8) for n in range(count)))
+    of_file = range(2500, 3500)
+    map_at(len(of_file) * PAGE, READ | WRITE, PRIVATE | 0x10, fd, 0, at + of_file.start * PAGE)  # MAP_FIXED
+    os.close(fd)
+    for n in of_file[::3]:
+        put(at + n * PAGE, b"%8d" % n)
+    call("madvise", at + 5000 * PAGE, 10 * PAGE, 16)  # MADV_DONTDUMP
+    for n in range(0, count, 2):
+        call("mprotect", at + n * PAGE, PAGE, READ)
+    call("mprotect", at + 6001 * PAGE, PAGE, 0)
+
+    def check():
+        call("mprotect", at + 6001 * PAGE, PAGE, READ | WRITE)
+        for n in range(count):
+            want = b"%8d" % n
+            if n in of_file and (n - of_file.start) % 3:
+                start = (n - of_file.start) * PAGE
+                want = pattern(3000 * PAGE)[start : start + 8]
+            equal(get(at + n * PAGE, 8), want, f"page {n}")
+        call("mprotect", at, PAGE, READ | WRITE)
+        put(at, b"written")
+
+    def child():
+        put(at + PAGE + 8, b"the child's")
+        yield
+        check()
+        equal(get(at + PAGE + 8, 11), b"the child's", "its own page")
+
+    process = Child(child())
+    yield
+    check()
+    process.finish()
+
+
 def advice(name, number, flag):
     """A case about one madvise setting, as smaps shows it."""
 

@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use super::{ExecuteError, Run};
 use crate::agent::batch::{HEADER, RECORD};
 use crate::agent::{Arg as BatchArg, Batch, CallId, Member, Outcome, Room};
-use crate::plan::{Arg, Call, Expect};
+use crate::plan::{Arg, Call, Expect, Structure};
 
 /// Bytes of memory that one batch fills, about.
 const BATCH_MEMORY: u64 = 64 << 20;
@@ -41,7 +41,8 @@ impl Run<'_> {
                 Arg::Value(v) => BatchArg::Value(*v),
                 Arg::File(file) => BatchArg::Value(self.fd(*file) as u64),
                 Arg::Bytes(bytes) => batch.bytes(bytes).into(),
-                Arg::Struct { bytes, pointers, files } => {
+                Arg::Struct(structure) => {
+                    let Structure { bytes, pointers, files } = &**structure;
                     let mut bytes = bytes.clone();
                     for (at, file) in files {
                         bytes[*at..*at + 4].copy_from_slice(&self.fd(*file).to_le_bytes());
@@ -95,8 +96,8 @@ pub(super) fn arg_size(arg: &Arg) -> usize {
     let padded = |n: usize| n + 16;
     match arg {
         Arg::Bytes(bytes) => padded(bytes.len()),
-        Arg::Struct { bytes, pointers, .. } => {
-            padded(bytes.len()) + pointers.iter().map(|(_, b)| padded(b.len())).sum::<usize>()
+        Arg::Struct(structure) => {
+            padded(structure.bytes.len()) + structure.pointers.iter().map(|(_, b)| padded(b.len())).sum::<usize>()
         }
         Arg::Fill(b) | Arg::ValueAt(b, _) => padded(b.len),
         Arg::Value(_) | Arg::File(_) | Arg::Earlier(_) => 0,
@@ -114,7 +115,7 @@ pub fn describe(call: &Call) -> String {
             Arg::Value(v) => format!("{v:#x}"),
             Arg::File(file) => format!("file {}", file.0),
             Arg::Bytes(bytes) => format!("<{} bytes>", bytes.len()),
-            Arg::Struct { bytes, .. } => format!("<{} bytes>", bytes.len()),
+            Arg::Struct(structure) => format!("<{} bytes>", structure.bytes.len()),
             Arg::Earlier(back) => format!("<result {back} before>"),
             Arg::Fill(b) => format!("<buffer {}>", b.name),
             Arg::ValueAt(b, at) => format!("<buffer {} at {at}>", b.name),

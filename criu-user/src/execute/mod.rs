@@ -6,6 +6,7 @@
 mod calls;
 mod empty;
 mod error;
+mod fill;
 mod go;
 mod layout;
 mod open;
@@ -234,7 +235,6 @@ impl Run<'_> {
             }
             self.stage(Stage::Memory, &generation)?;
             self.fill(&generation)?;
-            self.stage(Stage::Protect, &generation)?;
             self.stage(Stage::Tree, &generation)?;
             let mut next = Vec::new();
             for &n in &generation {
@@ -257,27 +257,6 @@ impl Run<'_> {
 
     fn work(&self, stage: Stage, tasks: &[usize]) -> Vec<(usize, &[Call])> {
         tasks.iter().map(|&n| (n, self.plan.tasks[n].stage(stage))).filter(|(_, calls)| !calls.is_empty()).collect()
-    }
-
-    /// The tasks fill their pages, and the engine those that it has been given, at the same time.
-    fn fill(&self, tasks: &[usize]) -> Result<(), ExecuteError> {
-        let assists: Vec<_> = self
-            .plan
-            .assists
-            .iter()
-            .filter(|a| tasks.contains(&a.task.0))
-            .filter_map(|a| Some((self.plan.tasks[a.task.0].pid, self.opened.get(a.file)?, &a.pieces)))
-            .collect();
-        let observer = self.observer;
-        std::thread::scope(|scope| {
-            let engine = scope.spawn(move || {
-                let moved = |bytes| observer.moved(bytes);
-                assists.iter().try_for_each(|(pid, file, pieces)| crate::kernel::mem::fill(*pid, file, pieces, moved))
-            });
-            let outcome = self.stage(Stage::Fill, tasks);
-            let engine = engine.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            outcome.and(engine.map_err(ExecuteError::from))
-        })
     }
 
     /// Has several tasks make their calls at the same time.

@@ -1,9 +1,11 @@
 //! What can be asked of a descriptor that we hold.
 
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
 
+use super::error::During;
 use super::{SysError, SysResult};
 
 fn fcntl(fd: BorrowedFd<'_>, command: i32, arg: u64, call: &'static str) -> SysResult<i32> {
@@ -143,6 +145,13 @@ pub fn seek(fd: impl AsFd, position: u64) -> SysResult<()> {
     nix::unistd::lseek(fd.as_fd(), position as i64, nix::unistd::Whence::SeekSet)
         .map(drop)
         .map_err(|e| SysError::new("lseek", format!("fd {}, {position}", fd.as_fd().as_raw_fd()), e))
+}
+
+/// Puts /dev/null in the place of standard input, output and error. dup2(2).
+pub fn close_standard() -> SysResult<()> {
+    let null = File::options().read(true).write(true).open("/dev/null").during("open", "/dev/null")?;
+    let done = nix::unistd::dup2_stdin(&null).and_then(|()| nix::unistd::dup2_stdout(&null));
+    done.and_then(|()| nix::unistd::dup2_stderr(&null)).during("dup2", "/dev/null")
 }
 
 /// Writes all of `bytes` at `offset`.

@@ -113,6 +113,30 @@ pub struct Shown {
     pub by: Pid,
 }
 
+impl Shown {
+    /// Finds a process; `None` if it has ended.
+    pub fn find(pid: Pid) -> Option<Self> {
+        let alive = |tid: &Pid| stat(pid, Some(*tid)).is_ok_and(|stat| !matches!(stat.state, 'Z' | 'X'));
+        if alive(&pid) {
+            return Some(Self { pid, by: pid });
+        }
+        threads(pid).ok()?.into_iter().find(alive).map(|by| Self { pid, by })
+    }
+}
+
+/// The processes of a tree, parents before children. One that forks meanwhile may be seen without its newest child.
+pub fn tree(root: Pid) -> Vec<Pid> {
+    let mut order = vec![root];
+    let mut at = 0;
+    while at < order.len() {
+        let pid = order[at];
+        let threads = threads(pid).unwrap_or_default();
+        order.extend(threads.iter().flat_map(|&tid| children(pid, tid).unwrap_or_default()));
+        at += 1;
+    }
+    order
+}
+
 /// `/proc/PID/stat`, or a thread's with `task`.
 pub fn stat(pid: Pid, task: Option<Pid>) -> SysResult<Stat> {
     let path = match task {

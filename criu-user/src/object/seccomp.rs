@@ -14,7 +14,7 @@ use crate::call;
 use crate::freeze::FrozenThread;
 use crate::image::proto::{SeccompEntry, SeccompFilter, SeccompMode, ThreadCoreEntry};
 use crate::image::{ImageKind, references};
-use crate::plan::{Arg, Stage, TaskRef};
+use crate::plan::{Stage, Structure, TaskRef};
 
 const SET_MODE_STRICT: u32 = 0;
 const SET_MODE_FILTER: u32 = 1;
@@ -108,7 +108,7 @@ pub fn plan(cx: &mut Planner<'_>, task: TaskRef, thread: &ThreadCoreEntry) -> Re
         // struct sock_fprog: how many, where.
         let mut bytes = vec![0u8; 16];
         bytes[..2].copy_from_slice(&count.to_le_bytes());
-        let program = Arg::Struct { bytes, pointers: vec![(8, code)], files: Vec::new() };
+        let program = Structure { bytes, pointers: vec![(8, code)], ..Structure::default() };
         let call = call!(SYS_seccomp(SET_MODE_FILTER, flags, program), format!("seccomp filter {index}"));
         cx.plan.push(task, Stage::Credentials, call);
     }

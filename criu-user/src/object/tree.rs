@@ -16,7 +16,7 @@ use crate::freeze::FrozenProcess;
 use crate::image::proto::{CoreEntry, PstreeEntry};
 use crate::image::{TaskState, references};
 use crate::kernel::clone::{CloneArgs, SET_TID};
-use crate::plan::{Arg, Call, Expect, Role, Stage, Task, TaskRef};
+use crate::plan::{Call, Expect, Role, Stage, Structure, Task, TaskRef};
 
 /// The tree as it was found.
 pub fn capture(processes: &[FrozenProcess]) -> Vec<PstreeEntry> {
@@ -271,7 +271,7 @@ pub fn clone_call(plan: &crate::plan::Plan, creates: TaskRef, flags: u64, exit_s
     let args = CloneArgs { flags, exit_signal, set_tid_size: 1, ..CloneArgs::default() };
     let bytes = args.bytes();
     let size = bytes.len();
-    let args = Arg::Struct { bytes, pointers: vec![(SET_TID, tid.to_le_bytes().to_vec())], files: Vec::new() };
+    let args = Structure { bytes, pointers: vec![(SET_TID, tid.to_le_bytes().to_vec())], ..Structure::default() };
     let mut call = call!(SYS_clone3(args, size), why);
     call.expect = Expect::Exactly(tid as u64);
     call.creates = Some(creates);

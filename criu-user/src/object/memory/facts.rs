@@ -2,7 +2,7 @@
 
 use crate::call;
 use crate::image::proto::MmEntry;
-use crate::plan::{Arg, Stage, TaskRef};
+use crate::plan::{Stage, Structure, TaskRef};
 
 use super::super::ObjectError;
 use super::super::file::Planner;
@@ -36,7 +36,7 @@ pub fn plan_facts(cx: &mut Planner<'_>, task: TaskRef, mm: &MmEntry) -> Result<(
     bytes.extend_from_slice(&(auxv.len() as u32).to_le_bytes());
     bytes.extend_from_slice(&[0; 4]);
     let size = bytes.len();
-    let map = Arg::Struct { bytes, pointers: vec![(AUXV, auxv)], files: vec![(EXE_FD, exe)] };
+    let map = Structure { bytes, pointers: vec![(AUXV, auxv)], files: vec![(EXE_FD, exe)] };
     cx.plan.push(
         task,
         Stage::Process,

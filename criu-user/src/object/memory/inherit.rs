@@ -37,11 +37,11 @@ pub fn of(cx: &mut Planner<'_>, task: TaskRef, space: &Space) -> Result<BTreeMap
     let Some(parent) = creator.map(|t| t.pid.as_raw()) else { return Ok(kept) };
     let spaces = cx.shelf.take::<Spaces>();
     if let Some(theirs) = spaces.0.get(&parent) {
-        let by_start: HashMap<u64, &(VmaEntry, Vec<FoundRun>)> = theirs.areas.iter().map(|a| (a.0.start, a)).collect();
-        for (vma, runs) in &space.areas {
+        let by_start: HashMap<u64, _> = theirs.areas().map(|area| (area.0.start, area)).collect();
+        for (vma, runs) in space.areas() {
             if let Some((other, other_runs)) = by_start.get(&vma.start)
                 && is_same(vma, other)
-                && !touches(&theirs.guards, vma)
+                && !touches(theirs.guards(), vma)
             {
                 let found = compare((runs, &space.pages), (other_runs, &theirs.pages))?;
                 kept.insert(vma.start, found);
@@ -62,8 +62,8 @@ fn is_same(vma: &VmaEntry, other: &VmaEntry) -> bool {
         && vma.status & kernels == 0
 }
 
-fn touches(guards: &[VmaEntry], vma: &VmaEntry) -> bool {
-    guards.iter().any(|guard| guard.start < vma.end && vma.start < guard.end)
+fn touches<'v>(mut guards: impl Iterator<Item = &'v VmaEntry>, vma: &VmaEntry) -> bool {
+    guards.any(|guard| guard.start < vma.end && vma.start < guard.end)
 }
 
 /// Compares the pages of an area in two images, run by run; both lists are ascending.

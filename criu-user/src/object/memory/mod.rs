@@ -1,17 +1,21 @@
 //! Address spaces: areas, their pages, and the facts about them that the kernel keeps beside.
 //!
 //! Pages are written by the process itself, straight from its memory into the image (one copy); what it cannot read
-//! itself is read from outside. They come back the same way: `preadv` of the task's own into fresh mappings. A process
-//! is forked when its parent's memory is complete, so that what both have in common is shared again.
+//! itself is read from outside. They come back by `preadv` of the task's own into fresh mappings, or, where they are many,
+//! by the engine. A process is forked when its parent's memory is complete, so that what both have in common is shared again.
 
 mod area;
 mod dump;
 mod facts;
+mod fill;
+mod history;
 mod inherit;
 mod plan;
 mod vdso;
 
-pub use area::areas;
-pub use dump::{Pages, dump_private, estimate};
+pub use area::{areas, is_private};
+pub use dump::{OWN_PAGES, Pages, dump_private, estimate};
 pub use facts::plan_facts;
-pub use plan::{OpenImage, plan};
+pub use fill::OpenImage;
+pub use history::{Clean, History, Past, Place};
+pub use plan::plan;

@@ -1,66 +1,77 @@
 //! Planning an address space: areas are mapped, filled, protected, in this order.
 
-use std::fs::File;
-use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::ops::Range;
+use std::rc::Rc;
 
 use crate::call;
 use crate::image::proto::{MmEntry, VmaEntry};
 use crate::image::{FoundRun, PageMap, PageRange, PageStore, VmaStatus};
-use crate::kernel::SysError;
 use crate::kernel::survey::PAGE;
-use crate::plan::{Assist, Call, FileRef, KernelArea, Opened, Opener, Stage, TaskRef, Why};
+use crate::plan::{Call, KernelArea, Stage, TaskRef, Why};
 
 use super::super::file::Planner;
 use super::super::{ObjectError, shmem, sysv};
-use super::dump::{CALL_BYTES, IOVECS};
 use super::inherit::{self, Inherited};
-use super::vdso;
+use super::{fill, vdso};
 
 /// MADV_GUARD_INSTALL of Linux 6.13.
 const MADV_GUARD_INSTALL: i32 = 102;
 
-/// An address space as its images tell it.
+/// An address space as its images tell it. A process can have tens of thousands of areas: nothing is copied.
 #[derive(Debug)]
 pub struct Space {
-    /// Its areas, ascending, each with the pages that it holds.
-    pub areas: Vec<(VmaEntry, Vec<FoundRun>)>,
-    /// Pages that must not be touched.
-    pub guards: Vec<VmaEntry>,
+    mm: Rc<MmEntry>,
+    /// Which of the image's areas, ascending, and which of `runs` are its pages.
+    areas: Vec<(usize, Range<usize>)>,
+    runs: Vec<FoundRun>,
     /// Where the pages are.
     pub pages: PageMap,
 }
 
 impl Space {
     /// Reads and checks it.
-    pub fn read(cx: &Planner<'_>, pid: i32, mm: &MmEntry) -> Result<Self, ObjectError> {
-        let (guards, areas): (Vec<_>, Vec<_>) =
-            mm.vmas.iter().cloned().partition(|vma| vma.status & VmaStatus::GUARD.bits() != 0);
-        check_areas(&areas)?;
+    pub fn read(cx: &Planner<'_>, pid: i32, mm: &Rc<MmEntry>) -> Result<Self, ObjectError> {
+        check_areas(mm.vmas.iter().filter(|vma| !is_guard(vma)))?;
         let pages = PageStore::open(cx.dir)?.process(pid as u32)?;
-        let stray = |run: FoundRun| {
+        let stray = |run: &FoundRun| {
             ObjectError::contradiction(format!("page {:#x} of pid {pid} belongs to no area", run.range.start()))
         };
-        let mut rest = pages.found()?.into_iter();
+        let found = pages.found()?;
+        let mut runs = Vec::with_capacity(found.len());
+        let mut rest = found.into_iter();
         let mut run = rest.next();
-        let mut with_pages = Vec::with_capacity(areas.len());
-        for vma in areas {
-            let mut mine = Vec::new();
+        let mut areas = Vec::with_capacity(mm.vmas.len());
+        for (n, vma) in mm.vmas.iter().enumerate().filter(|(_, vma)| !is_guard(vma)) {
+            let first = runs.len();
             while let Some(now) = run.filter(|run| run.range.start() < vma.end) {
                 if now.range.start() < vma.start {
-                    return Err(stray(now));
+                    return Err(stray(&now));
                 }
-                let (first, second) = split(now, vma.end);
-                mine.push(first);
-                run = second.or_else(|| rest.next());
+                let (inside, behind) = split(now, vma.end);
+                runs.push(inside);
+                run = behind.or_else(|| rest.next());
             }
-            with_pages.push((vma, mine));
+            areas.push((n, first..runs.len()));
         }
         match run {
-            None => Ok(Self { areas: with_pages, guards, pages }),
-            Some(run) => Err(stray(run)),
+            None => Ok(Self { mm: mm.clone(), areas, runs, pages }),
+            Some(run) => Err(stray(&run)),
         }
     }
+
+    /// Its areas, ascending, each with the pages that it holds.
+    pub fn areas(&self) -> impl Iterator<Item = (&VmaEntry, &[FoundRun])> {
+        self.areas.iter().map(|(n, runs)| (&self.mm.vmas[*n], &self.runs[runs.clone()]))
+    }
+
+    /// Pages that must not be touched.
+    pub fn guards(&self) -> impl Iterator<Item = &VmaEntry> {
+        self.mm.vmas.iter().filter(|vma| is_guard(vma))
+    }
+}
+
+fn is_guard(vma: &VmaEntry) -> bool {
+    vma.status & VmaStatus::GUARD.bits() != 0
 }
 
 /// Neighbouring areas may have one run of pages.
@@ -75,7 +86,7 @@ pub(super) fn split(run: FoundRun, at: u64) -> (FoundRun, Option<FoundRun>) {
     }
 }
 
-fn check_areas(vmas: &[VmaEntry]) -> Result<(), ObjectError> {
+fn check_areas<'v>(vmas: impl Iterator<Item = &'v VmaEntry>) -> Result<(), ObjectError> {
     /// End of the addresses of a program: TASK_SIZE_MAX of arch/x86/include/asm/page_64_types.h.
     const END: u64 = (1 << 47) - PAGE;
     let mut last = 0;
@@ -91,12 +102,12 @@ fn check_areas(vmas: &[VmaEntry]) -> Result<(), ObjectError> {
 }
 
 /// Plans the address space of a process.
-pub fn plan(cx: &mut Planner<'_>, task: TaskRef, mm: &MmEntry) -> Result<(), ObjectError> {
+pub fn plan(cx: &mut Planner<'_>, task: TaskRef, mm: &Rc<MmEntry>) -> Result<(), ObjectError> {
     let pid = cx.plan.task(task).pid.as_raw();
     let space = Space::read(cx, pid, mm)?;
     let inherited = inherit::of(cx, task, &space)?;
     let mut work = Work::default();
-    for (vma, runs) in &space.areas {
+    for (vma, runs) in space.areas() {
         vdso::check(cx, pid, vma, runs, &space.pages)?;
         cx.plan.used.push((vma.start, vma.end));
         if let Some(name) = kernel_name(vma) {
@@ -118,11 +129,12 @@ pub fn plan(cx: &mut Planner<'_>, task: TaskRef, mm: &MmEntry) -> Result<(), Obj
     for advice in work.advice {
         cx.plan.push(task, Stage::Memory, advice);
     }
-    fill(cx, task, &space, &work.fills)?;
+    let fresh: Vec<_> = work.anonymous.iter().filter(|area| area.is_plain()).map(|a| (a.start, a.end)).collect();
+    fill::plan(cx, task, &space.pages, &work.fills, &fresh)?;
     for protect in work.protects {
         cx.plan.push(task, Stage::Protect, protect);
     }
-    for guard in &space.guards {
+    for guard in space.guards() {
         let why = Why::Range("guarded pages", guard.start, guard.end);
         let len = guard.end - guard.start;
         cx.plan.push(task, Stage::Protect, call!(SYS_madvise(guard.start, len, MADV_GUARD_INSTALL), why));
@@ -148,7 +160,17 @@ struct Anonymous {
     end: u64,
     prot: u32,
     flags: u32,
+    /// Advice for it, a bit each.
+    madv: u64,
     what: &'static str,
+}
+
+impl Anonymous {
+    /// Whether pages can be put there one by one. A stack has its own lower end; what is to have huge pages gets them
+    /// when it is written to.
+    fn is_plain(&self) -> bool {
+        !is_stack(self) && self.madv & 1 << libc::MADV_HUGEPAGE == 0
+    }
 }
 
 impl Work {
@@ -156,7 +178,9 @@ impl Work {
     fn anonymous(&mut self, area: Anonymous) {
         match self.anonymous.last_mut() {
             Some(last)
-                if last.end == area.start && (last.prot, last.flags) == (area.prot, area.flags) && !is_stack(last) =>
+                if last.end == area.start
+                    && (last.prot, last.flags, last.madv) == (area.prot, area.flags, area.madv)
+                    && !is_stack(last) =>
             {
                 last.end = area.end;
             }
@@ -181,46 +205,6 @@ fn kernel_name(vma: &VmaEntry) -> Option<&'static str> {
     }
 }
 
-/// The pages files that a process reads from: one for each dump of the chain.
-#[derive(Default)]
-struct PageFiles(Vec<Option<FileRef>>);
-
-impl PageFiles {
-    fn get(&mut self, cx: &mut Planner<'_>, pages: &PageMap, dump: usize) -> Result<FileRef, ObjectError> {
-        if self.0.len() <= dump {
-            self.0.resize(dump + 1, None);
-        }
-        if let Some(known) = self.0[dump] {
-            return Ok(known);
-        }
-        let (file, path) =
-            pages.pages(dump).ok_or_else(|| ObjectError::contradiction(format!("no dump {dump} in the chain")))?;
-        let file = file.try_clone().map_err(|e| SysError::io("dup", path.display(), &e))?;
-        let opened = cx.plan.open(OpenImage { file, path: path.to_owned() });
-        self.0[dump] = Some(opened);
-        Ok(opened)
-    }
-}
-
-/// An image file that tasks read from.
-#[derive(Debug)]
-pub struct OpenImage {
-    /// It is open already: images are validated before anything happens.
-    pub file: File,
-    /// For messages.
-    pub path: PathBuf,
-}
-
-impl Opener for OpenImage {
-    fn describe(&self) -> String {
-        format!("image {}", self.path.display())
-    }
-
-    fn open(&self, _: &Opened) -> Result<OwnedFd, Box<dyn std::error::Error + Send + Sync>> {
-        Ok(self.file.try_clone()?.into())
-    }
-}
-
 fn plan_area(
     cx: &mut Planner<'_>,
     task: TaskRef,
@@ -232,6 +216,7 @@ fn plan_area(
     let prot = if runs.is_empty() { vma.prot } else { vma.prot | libc::PROT_WRITE as u32 };
     let mut flags = (vma.flags & !(libc::MAP_LOCKED as u32)) | libc::MAP_FIXED_NOREPLACE as u32;
     let status = VmaStatus::from_bits_truncate(vma.status);
+    let madv = vma.madv.unwrap_or(0);
     let why = Why::Range(describe(status), vma.start, vma.end);
     if status.contains(VmaStatus::SYSVIPC) {
         sysv::plan_attach(cx, task, vma, why)?;
@@ -245,9 +230,8 @@ fn plan_area(
         let map = call!(SYS_mmap(vma.start, len, prot, flags, file, vma.pgoff), why).giving(vma.start);
         cx.plan.push(task, Stage::Memory, map);
     } else {
-        work.anonymous(Anonymous { start: vma.start, end: vma.end, prot, flags, what: describe(status) });
+        work.anonymous(Anonymous { start: vma.start, end: vma.end, prot, flags, madv, what: describe(status) });
     }
-    let madv = vma.madv.unwrap_or(0);
     for advice in (0..64).filter(|n| madv & 1 << n != 0) {
         let why = format!("advice {advice} for {:#x}", vma.start);
         work.advice.push(call!(SYS_madvise(vma.start, len, advice), why));
@@ -299,70 +283,4 @@ fn describe(status: VmaStatus) -> &'static str {
         (VmaStatus::SYSVIPC, "System V segment"),
     ];
     kinds.iter().find(|(bit, _)| status.contains(*bit)).map_or("anonymous memory", |(_, name)| name)
-}
-
-/// Fills pages: one call for many runs that follow each other in the image.
-fn fill(cx: &mut Planner<'_>, task: TaskRef, space: &Space, runs: &[FoundRun]) -> Result<(), ObjectError> {
-    let total: u64 = runs.iter().map(|run| run.range.bytes()).sum();
-    // Of the first large process, the engine fills a half: it has nothing else to do meanwhile.
-    let mut own = if total >= WORTH_ASSISTING && cx.plan.assists.is_empty() { total / 2 } else { total };
-    let mut files = PageFiles::default();
-    for group in runs.chunk_by(|a, b| a.dump == b.dump && a.offset + a.range.bytes() == b.offset) {
-        let file = files.get(cx, &space.pages, group[0].dump)?;
-        let (mine, engines) = pieces(group, &mut own);
-        fill_group(cx, task, &mine, file);
-        if !engines.is_empty() {
-            cx.plan.assists.push(Assist { task, file, pieces: engines });
-        }
-    }
-    Ok(())
-}
-
-/// Bytes of a process from which on the engine helps.
-const WORTH_ASSISTING: u64 = 4 << 20;
-/// Bytes of one piece; small enough that a half can be cut off about anywhere.
-const PIECE: u64 = 64 << 20;
-
-/// Address, length, offset in the file.
-type Piece = (u64, u64, u64);
-
-/// Cuts runs into pieces that a call can move: those for the task, until it has had its share, and the engine's.
-fn pieces(runs: &[FoundRun], own: &mut u64) -> (Vec<Piece>, Vec<Piece>) {
-    let (mut mine, mut engines) = (Vec::new(), Vec::new());
-    for run in runs {
-        let mut done = 0;
-        while done < run.range.bytes() {
-            let len = (run.range.bytes() - done).min(PIECE);
-            let piece = (run.range.start() + done, len, run.offset + done);
-            if *own > 0 {
-                mine.push(piece);
-                *own = own.saturating_sub(len);
-            } else {
-                engines.push(piece);
-            }
-            done += len;
-        }
-    }
-    (mine, engines)
-}
-
-fn fill_group(cx: &mut Planner<'_>, task: TaskRef, pieces: &[Piece], file: FileRef) {
-    let mut rest = pieces;
-    while let Some(&(address, _, offset)) = rest.first() {
-        let mut bytes = 0;
-        let n = rest
-            .iter()
-            .take(IOVECS)
-            .take_while(|(_, len, _)| {
-                bytes += len;
-                bytes <= CALL_BYTES
-            })
-            .count()
-            .max(1);
-        let total: u64 = rest[..n].iter().map(|(_, len, _)| len).sum();
-        let iov: Vec<u8> = rest[..n].iter().flat_map(|(at, len, _)| [*at, *len]).flat_map(u64::to_le_bytes).collect();
-        let why = format!("{} pages from {address:#x} on", total / PAGE);
-        cx.plan.push(task, Stage::Fill, call!(SYS_preadv(file, iov, n, offset, 0u64), why).giving(total));
-        rest = &rest[n..];
-    }
 }
