@@ -12,6 +12,7 @@ pub mod eventfd;
 pub mod facts;
 pub mod fifo;
 pub mod file;
+pub mod fresh;
 pub mod fs;
 pub mod ghost;
 pub mod inet;
