@@ -286,6 +286,7 @@ impl Shared {
         self.hear();
         let begin = Instant::now();
         let mut witness = self.witness.borrow_mut();
+        witness.be_watched(self.reports.receiver_count() > 0);
         let belief = if witness.tells_of_lifecycle() { belief } else { Belief::Seen };
         let found = self.tree.borrow_mut().look(belief);
         // Those that nobody told of are followed from here on; those that belong to others now are not.

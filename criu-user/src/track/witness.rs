@@ -16,15 +16,21 @@ use super::report::{CallReport, EbpfReport, FaultsReport, LostReport, QuestionRe
 use crate::kernel::ebpf::watch::{Call, Connection, Event, Kind, Questions, Tracked, Watch, What};
 use crate::kernel::ebpf::{EbpfError, EbpfResult};
 use crate::kernel::survey::{self, Vma, VmaName};
-use crate::kernel::syscall_name;
+use crate::kernel::{proc, syscall_name, uffd};
 
-/// What is asked, in this order, and under which name it is reported.
+/// Why nobody counts calls just now.
+const UNWATCHED: &str = "nobody looks on; counting system calls slows every process of the machine";
+
+/// What is asked, in this order, and under which name it is reported. System calls come last: they are counted only while
+/// somebody looks on.
 const QUESTIONS: [(Questions, &str); 4] = [
     (Questions::LIFECYCLE, "lifecycle"),
     (Questions::MEMORY, "memory"),
-    (Questions::SYSCALLS, "syscalls"),
     (Questions::SOCKETS, "sockets"),
+    (Questions::SYSCALLS, "syscalls"),
 ];
+/// Where it stands in there.
+const SYSCALLS: usize = 3;
 
 /// How many suspicious calls are remembered.
 const CALLS: usize = 64;
@@ -127,7 +133,7 @@ impl Witness {
             }
         };
         let mut witness = Self::absent("");
-        for ((question, name), report) in QUESTIONS.iter().zip(&mut witness.report.questions) {
+        for ((question, name), report) in QUESTIONS.iter().zip(&mut witness.report.questions).take(SYSCALLS) {
             let asked = watch.ask(watch.questions() | *question);
             report.runs = asked.is_ok();
             report.why_not = asked.err().map(|error| error.to_string());
@@ -137,7 +143,29 @@ impl Witness {
         }
         witness.report.missing_tracepoints = watch.missing().iter().map(|&name| name.to_owned()).collect();
         witness.watch = Some(watch);
+        witness.report.questions[SYSCALLS].why_not = Some(UNWATCHED.to_owned());
         witness
+    }
+
+    /// Counts system calls while somebody looks on, and not otherwise.
+    pub fn be_watched(&mut self, is_watched: bool) {
+        let report = &mut self.report.questions[SYSCALLS];
+        let Some(watch) = self.watch.as_mut().filter(|_| report.runs != is_watched) else { return };
+        // What failed once will fail again.
+        if is_watched && report.why_not.as_deref() != Some(UNWATCHED) {
+            return;
+        }
+        let questions = watch.questions();
+        let asked = if is_watched { questions | Questions::SYSCALLS } else { questions - Questions::SYSCALLS };
+        let outcome = watch.ask(asked);
+        report.runs = is_watched && outcome.is_ok();
+        report.why_not = match outcome {
+            Ok(()) => (!is_watched).then(|| UNWATCHED.to_owned()),
+            Err(error) => {
+                tracing::warn!(%error, "system calls cannot be counted");
+                Some(error.to_string())
+            }
+        };
     }
 
     /// Follows a process and its descendants.
@@ -200,6 +228,7 @@ impl Witness {
                     news.push(News::Ended(event.pid));
                 }
                 What::Socket { .. } => self.last.sockets.changes += 1,
+                What::Call(call) if is_ours(event.pid, call) => {}
                 What::Call(call) => {
                     stacks += 1;
                     self.note(&event, call, stacks <= STACKS_AT_ONCE);
@@ -265,7 +294,7 @@ impl Witness {
     }
 }
 
-fn count_processes(watch: &Watch, last: &mut Statement) -> EbpfResult<()> {
+fn count_processes(watch: &mut Watch, last: &mut Statement) -> EbpfResult<()> {
     let mut now = HashMap::new();
     for process in watch.tracked()? {
         let before = last.processes.get(&process.pid).cloned().unwrap_or_default();
@@ -282,7 +311,7 @@ fn count_processes(watch: &Watch, last: &mut Statement) -> EbpfResult<()> {
     Ok(())
 }
 
-fn testify(watch: &Watch, process: &Tracked) -> EbpfResult<Testimony> {
+fn testify(watch: &mut Watch, process: &Tracked) -> EbpfResult<Testimony> {
     let mut calls = BTreeMap::new();
     if let Some(generations) = watch.generations(process.pid)? {
         let touched = Kind::ALL.iter().map(|&kind| (kind_name(kind), generations.touched(kind)));
@@ -324,7 +353,7 @@ fn count_sockets(
     *moved = now;
 }
 
-fn lost(watch: &Watch) -> EbpfResult<LostReport> {
+fn lost(watch: &mut Watch) -> EbpfResult<LostReport> {
     let lost = watch.lost()?;
     Ok(LostReport {
         processes: lost.processes,
@@ -336,6 +365,14 @@ fn lost(watch: &Watch) -> EbpfResult<LostReport> {
         connections: lost.connections,
         undecoded: lost.undecoded,
     })
+}
+
+/// Whether the call was made by the agent, to bring the means of tracking in: its descriptor is gone again.
+fn is_ours(pid: Pid, call: &Call) -> bool {
+    call.number == libc::SYS_userfaultfd
+        && call.arguments[0] == uffd::MAKE_FLAGS
+        && !proc::link(&format!("/proc/{pid}/fd/{}", call.result))
+            .is_ok_and(|link| link.as_os_str() == "anon_inode:[userfaultfd]")
 }
 
 /// Where a return address is: the file's name and the offset in the file, which is what addr2line(1) asks for.
