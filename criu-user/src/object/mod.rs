@@ -160,7 +160,7 @@ impl ObjectError {
 }
 
 /// Something that cannot be dumped: what, where, and what the user can do.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, serde::Serialize)]
 pub struct Refusal {
     /// The process.
     pub pid: i32,
