@@ -30,6 +30,7 @@ use crate::object::{
 };
 use crate::observer::{Moment, Objection, Observer, tell};
 use crate::track::predict::{self, Measured, Shape};
+use crate::track::refusals;
 
 /// What to dump, and how.
 #[derive(Debug, Clone)]
@@ -158,6 +159,11 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
     let begin = Instant::now();
     let dir = ImageDir::create(&options.images_dir)?;
     info!(pid = options.pid.as_raw(), images = %dir.path().display(), "dump of the tree");
+    // What a session knows to be in the way is said before anything stands still.
+    let known = refusals::known_to_session(options.pid);
+    if !known.is_empty() {
+        return Err(DumpError::Refused(known));
+    }
     tell(observer, Moment::PreDump, Some(options.pid))?;
     let mut surveyor = Surveyor::choose(options.survey, options.pid)?;
     let hold = match options.tcp_established || options.lock_listeners {

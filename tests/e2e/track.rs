@@ -226,6 +226,17 @@ rows! {
         program.finish();
     };
 
+    /// With a session, what is in the way is known before anything stands still, and how it came.
+    early_refusal => |row| {
+        let mut program = Workload::new("refused.py", "io_uring").start();
+        predicted(row, &program);
+        let images = row.next_images(&program);
+        let outcome = row.dumper.dump(&program, &images, &Options::default());
+        let outcome = outcome.expect_refusal("io_uring");
+        assert!(!outcome.log.contains("the tree stands still"), "it was stopped to find out\n{}", outcome.report());
+        program.finish();
+    };
+
     /// There is nothing to restore in memory alone.
     a_pre_dump_is_no_dump => |row| {
         let mut program = writes("stores").start();

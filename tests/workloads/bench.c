@@ -35,6 +35,27 @@ static void make_memory(size_t size)
 		memory[i] = value(i);
 }
 
+static void make_memory_of(int advice)
+{
+	words = ((size_t)count << 20) / sizeof *memory;
+	memory = mmap(NULL, words * sizeof *memory, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	CHECK(memory != MAP_FAILED, "mmap: %m");
+	/* A kernel without huge pages knows no advice about them. */
+	madvise(memory, words * sizeof *memory, advice);
+	for (size_t i = 0; i < words; i++)
+		memory[i] = value(i);
+}
+
+static void make_small_pages(void)
+{
+	make_memory_of(MADV_NOHUGEPAGE);
+}
+
+static void make_huge_pages(void)
+{
+	make_memory_of(MADV_HUGEPAGE);
+}
+
 static void check_memory(void)
 {
 	for (size_t i = 0; i < words; i++)
@@ -239,6 +260,7 @@ static const struct {
 	void (*check)(void);
 } kinds[] = {
 	{ "small", nothing, nothing },		      { "memory", make_megabytes, check_memory },
+	{ "small_pages", make_small_pages, check_memory }, { "huge_pages", make_huge_pages, check_memory },
 	{ "dirtying", make_dirtying, check_dirtying },
 	{ "areas", make_areas, check_memory },	      { "threads", make_threads, check_threads },
 	{ "processes", make_processes, check_processes }, { "descriptors", make_descriptors, check_descriptors },

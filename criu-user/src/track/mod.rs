@@ -8,7 +8,7 @@ mod install;
 pub mod memory;
 pub mod predict;
 mod recorder;
-mod refusals;
+pub mod refusals;
 pub mod report;
 pub mod session;
 pub mod tree;

@@ -12,6 +12,7 @@ use nix::poll::PollFlags;
 use nix::sys::stat::SFlag;
 use nix::unistd::Pid;
 
+use super::client::Client;
 use super::report::{CallReport, RefusalReport};
 use super::witness::now_unix_ms;
 use crate::kernel::ebpf::watch::Connection;
@@ -106,6 +107,33 @@ fn report(found: &Found, since_unix_ms: u64, calls: &[CallReport]) -> RefusalRep
     let own = calls.iter().rev().filter(made).find(|call| call.pid == pid);
     let call = own.or_else(|| calls.iter().rev().find(made)).cloned();
     RefusalReport { pid, fd, what, advice, option: found.option.map(str::to_owned), since_unix_ms, call }
+}
+
+/// What refuses a dump of the tree below `root` whatever its options are, as seen just now.
+pub fn definite(root: Pid) -> Vec<Refusal> {
+    let tree: BTreeSet<Pid> = proc::tree(root).into_iter().collect();
+    look(root, &tree, &[]).into_iter().filter(|found| found.option.is_none()).map(|found| found.refusal).collect()
+}
+
+/// What a session has seen that refuses a dump of its tree whatever the options are, and that is still so: with how it
+/// came, where that was seen. Nothing where there is no session.
+pub fn known_to_session(root: Pid) -> Vec<Refusal> {
+    let report = Client::connect(root).ok().flatten().and_then(|mut client| client.report().ok());
+    let Some(report) = report.filter(|report| report.refusals.iter().any(|refusal| refusal.option.is_none())) else {
+        return Vec::new();
+    };
+    let told = |mut refusal: Refusal| {
+        let known = report.refusals.iter().find(|known| {
+            known.option.is_none() && (known.pid, known.fd, &known.what) == (refusal.pid, refusal.fd, &refusal.what)
+        })?;
+        let seconds = now_unix_ms().saturating_sub(known.since_unix_ms) / 1000;
+        refusal.what.push_str(&match &known.call {
+            Some(call) => format!(" (since {seconds} s, by {} of thread {})", call.name, call.tid),
+            None => format!(" (since {seconds} s)"),
+        });
+        Some(refusal)
+    };
+    definite(root).into_iter().filter_map(told).collect()
 }
 
 fn look(root: Pid, tree: &BTreeSet<Pid>, connections: &[Connection]) -> Vec<Found> {

@@ -4,6 +4,7 @@
 //! goes to docs/bench-tracking.md.
 
 mod freezes;
+mod lives;
 mod slowdown;
 
 use std::{fmt::Write as _, fs, path::Path, process::Command, time::Duration};
@@ -38,6 +39,7 @@ pub fn run(args: &[String]) -> Result<()> {
     let pair = Pair { ours: Contender::ours()?, peer: Contender::peer(peer::ensure_peer()?)? };
     let mut lines = Vec::new();
     lines.extend(freezes::after_pre_dumps(&pair, rounds)?);
+    lines.extend(lives::all(&pair, rounds)?);
     lines.push(freezes::predictions(&pair)?);
     lines.extend(slowdown::all(&pair, rounds)?);
     lines.extend(slowdown::own_cost(&pair)?);

@@ -80,14 +80,27 @@ fn end(program: &mut Program) -> Result<()> {
 }
 
 /// A redis server on a socket of its own.
-struct Redis {
-    program: Program,
+pub struct Redis {
+    /// The server.
+    pub program: Program,
     socket: String,
 }
 
 impl Redis {
-    fn start() -> Result<Self> {
-        let options = ["--port", "0", "--unixsocket", "redis.sock", "--save", "", "--appendonly", "no"];
+    /// Starts one without any data.
+    pub fn start() -> Result<Self> {
+        let options = [
+            "--port",
+            "0",
+            "--unixsocket",
+            "redis.sock",
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+            "--enable-debug-command",
+            "local",
+        ];
         let program = Workload::program(&[&["redis-server"][..], &options].concat()).start();
         let socket = program.file("redis.sock").to_string_lossy().into_owned();
         for _ in 0..500 {
@@ -99,8 +112,15 @@ impl Redis {
         Ok(Self { program, socket })
     }
 
+    /// Has it do something.
+    pub fn command(&self, words: &[&str]) -> Result<()> {
+        let out = Command::new("redis-cli").args(["-s", &self.socket]).args(words).output().context("redis-cli")?;
+        anyhow::ensure!(out.status.success(), "redis-cli {words:?}: {}", String::from_utf8_lossy(&out.stdout));
+        Ok(())
+    }
+
     /// Requests in a second, SET and GET together.
-    fn speed(&self, pipeline: &str) -> Result<f64> {
+    pub fn speed(&self, pipeline: &str) -> Result<f64> {
         let out = Command::new("redis-benchmark")
             .args(["-s", &self.socket, "-r", "100000", "-t", "set,get", "-n", "200000", "-P", pipeline, "--csv"])
             .output()
