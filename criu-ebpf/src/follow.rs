@@ -7,6 +7,7 @@ use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated::bpf_seq_write;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::Array;
+use criu_common::offsets::ABSENT;
 use criu_common::watch::{BY_CGROUP, Followed, Order};
 
 use crate::access::{get, off};
@@ -61,7 +62,11 @@ extern "C" fn watch_follow(ctx: *const TaskContext) -> i32 {
         } else if order == FORGET {
             remove(key);
         }
-        let answer = Followed { key, pid, map_sequence: 0, is_in: u32::from(find(key).is_some()) };
+        let mut map_sequence = 0;
+        if off!(mm_lock_seq) != ABSENT {
+            map_sequence = get(get(task as u64, off!(task_mm)), off!(mm_lock_seq));
+        }
+        let answer = Followed { key, pid, map_sequence, is_in: u32::from(find(key).is_some()) };
         bpf_seq_write((*(*ctx).meta).seq.cast(), (&raw const answer).cast_mut().cast(), size_of::<Followed>() as u32);
     }
     0

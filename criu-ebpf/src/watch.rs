@@ -5,8 +5,10 @@
 //! | --- | --- |
 //! | `follow.rs` | puts a process into the set, when the engine says so |
 //! | `lifecycle.rs` | who forks, executes, ends; keeps the set |
+//! | `cgroups.rs` | who is put into a control group |
 //! | `memory.rs` | where is written for the first time since it was protected |
 //! | `syscalls.rs` | which kinds of state are touched, and by which call it becomes undumpable |
+//! | `sockets.rs` | how connections move |
 //!
 //! These run at every system call, fault and segment of the whole machine, so what comes first is the way out for
 //! those that nobody watches: a load of the process number, and one of a byte in the *sieve*. Only where that is set
@@ -18,10 +20,12 @@
 
 #[expect(dead_code, reason = "shared with the survey")]
 mod access;
+mod cgroups;
 mod follow;
 mod ids;
 mod lifecycle;
 mod memory;
+mod sockets;
 mod syscalls;
 mod tracked;
 

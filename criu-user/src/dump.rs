@@ -17,10 +17,11 @@ use crate::kernel::proc::Shown;
 use crate::kernel::survey::{PAGE, Vma};
 use crate::kernel::surveyor::{Source, SurveyError, Surveyor};
 use crate::kernel::threads::ThreadRecords;
+use crate::lineage::{Lineage, LineageError, Tracking};
 use crate::object::cgroup::Manage;
 use crate::object::file::Capture;
 use crate::object::ghost::{self, Links};
-use crate::object::memory::Pages;
+use crate::object::memory::{Pages, Past};
 use crate::object::outside::{External, Inherit};
 use crate::object::tcp::{Hold, NetworkLock};
 use crate::object::{
@@ -69,6 +70,8 @@ pub struct DumpOptions {
     pub manage_cgroups: Manage,
     /// A control group whose freezer stops the tree.
     pub freeze_cgroup: Option<PathBuf>,
+    /// What the images build on.
+    pub tracking: Tracking,
 }
 
 /// Why a dump failed. The tree goes on as if nothing had happened.
@@ -89,6 +92,9 @@ pub enum DumpError {
     /// Somebody does not let it happen.
     #[error(transparent)]
     Objection(#[from] Objection),
+    /// The parent, or the tracking session.
+    #[error(transparent)]
+    Lineage(#[from] LineageError),
     /// The tree has what cannot be dumped.
     #[error("cannot dump, because of {} thing(s):\n{}", .0.len(), .0.iter().map(|r| format!("  {r}")).collect::<Vec<_>>().join("\n"))]
     Refused(Vec<Refusal>),
@@ -119,7 +125,9 @@ pub struct Summary {
     pub pages_scanned: u64,
     /// Pages written.
     pub pages_written: u64,
-    /// The same in bytes.
+    /// Pages that the parent images have.
+    pub pages_in_parent: u64,
+    /// The pages written in bytes.
     pub bytes_written: u64,
     /// Bytes written in a second of writing.
     pub bytes_per_second: u64,
@@ -146,16 +154,29 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
         true => Hold::prepare(options.pid, options.network_lock).map_err(ObjectError::from)?,
         false => Hold::default(),
     };
+    let (mut lineage, history) = Lineage::begin(options.pid, &options.tracking, &dir)?;
+    if options.release != Release::Kill {
+        lineage.arming().map_err(LineageError::from)?;
+    }
     let frozen = freeze::freeze(options.pid, options.timeout, options.freeze_cgroup.as_deref())?;
     let (processes, threads) = (frozen.processes.len(), frozen.processes.iter().map(|p| p.threads.len()).sum());
     info!(processes, threads, took = ?frozen.took, "the tree stands still");
     let writing = Instant::now();
-    let (pages, links, hold) = write_images(options, observer, &dir, &frozen, &mut surveyor, hold)?;
+    let (pages, links, hold) = write_images(
+        options,
+        observer,
+        &dir,
+        &frozen,
+        &mut surveyor,
+        hold,
+        Past { history, arms: lineage.is_tracked() },
+    )?;
     let writing = writing.elapsed();
     info!(pages = pages.written, took = ?writing, "images are written");
     let freezing = frozen.took;
-    let frozen = release(options, observer, &dir, frozen, hold)?;
+    let frozen = release(options, observer, &dir, frozen, hold, &lineage)?;
     links.keep();
+    go_on_from(options, lineage);
     let bytes_written = pages.written * PAGE;
     let summary = Summary {
         pid: options.pid.as_raw(),
@@ -167,6 +188,7 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
         total: begin.elapsed(),
         pages_scanned: pages.scanned,
         pages_written: pages.written,
+        pages_in_parent: pages.in_parent,
         bytes_written,
         bytes_per_second: rate(bytes_written, writing),
     };
@@ -174,8 +196,25 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
         warn!(%err, "the dump is good, but has no statistics");
     }
     let Summary { frozen, total, pages_written: pages, bytes_per_second, .. } = summary;
-    info!(?frozen, pages, bytes = bytes_written, bytes_per_second, ?total, "dump finished");
+    info!(
+        ?frozen,
+        pages,
+        in_parent = summary.pages_in_parent,
+        bytes = bytes_written,
+        bytes_per_second,
+        ?total,
+        "dump finished"
+    );
     Ok(summary)
+}
+
+/// Has the session collect for an image after this one, if there can be one.
+fn go_on_from(options: &DumpOptions, lineage: Lineage) {
+    if options.release != Release::Kill
+        && let Err(err) = lineage.commit()
+    {
+        warn!(%err, "the dump is good, but the next one cannot build on it");
+    }
 }
 
 /// Completes the dump, and lets the tree go. One that is to be killed must not be before its images are safe; one that
@@ -186,8 +225,10 @@ fn release(
     dir: &ImageDir,
     frozen: Frozen,
     mut hold: Hold,
+    lineage: &Lineage,
 ) -> Result<Duration, DumpError> {
     let mut inventory = inventory(&frozen)?;
+    lineage.describe(&mut inventory);
     hold.describe(&mut inventory);
     if options.release != Release::Kill {
         inventory.gate = None;
@@ -239,10 +280,12 @@ fn write_images(
     frozen: &Frozen,
     surveyor: &mut Surveyor,
     hold: Hold,
+    past: Past,
 ) -> Result<(Pages, Links, Hold), DumpError> {
     let pids: Vec<Pid> = frozen.processes.iter().map(|p| p.pid).collect();
     let mut cx = Capture::new(dir, options, observer, pids);
     *cx.shelf.get() = hold;
+    cx.past = past;
     match write_all(options, dir, frozen, surveyor, &mut cx) {
         // What cannot be dumped may have been in the way of reading something else.
         Err(_) if !cx.refusals.is_empty() => Err(DumpError::Refused(cx.refusals)),
@@ -289,8 +332,7 @@ fn write_all(
         let sleeps = process.threads.iter().any(waits::sleeps);
         let records = surveyor.threads(process.pid, sleeps)?;
         let part = write_process(cx, process, vmas, entries, &records, id)?;
-        pages.scanned += part.scanned;
-        pages.written += part.written;
+        pages.add(part);
         if let Some(table) = fdinfo.get(&process.shown.by) {
             dir.write_all(ImageKind::Fdinfo.id(id.into()), table)?;
         }
@@ -299,8 +341,7 @@ fn write_all(
     stop_if_refused(cx)?;
     info!(pages = pages.written, "all processes are written");
     let shared = shmem::dump_all(cx, frozen.processes.len() as u32 + 1)?;
-    pages.scanned += shared.scanned;
-    pages.written += shared.written;
+    pages.add(shared);
     info!(pages = shared.written, "shared memory is written");
     seccomp::write(cx)?;
     cgroup::write(cx)?;
@@ -409,6 +450,7 @@ fn write_stats(options: &DumpOptions, summary: &Summary) -> Result<(), ImageErro
             memwrite_time: micros(summary.writing),
             pages_scanned: summary.pages_scanned,
             pages_written: summary.pages_written,
+            pages_skipped_parent: summary.pages_in_parent,
             ..DumpStatsEntry::default()
         }),
         restore: None,

@@ -13,8 +13,11 @@ pub mod freeze;
 pub mod image;
 #[expect(unsafe_code, reason = "the room for raw system calls")]
 pub mod kernel;
+pub mod lineage;
 pub mod object;
 pub mod observer;
 pub mod plan;
+pub mod predump;
 pub mod restore;
+pub mod track;
 mod waiting;

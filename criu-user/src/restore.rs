@@ -67,6 +67,15 @@ pub enum RestoreError {
     /// The images cannot be made into a plan.
     #[error(transparent)]
     Object(#[from] ObjectError),
+    /// There is nothing but memory.
+    #[error(
+        "{path} is a pre-dump, of memory only: restore from the dump that was made after it with --prev-images-dir",
+        path = path.display()
+    )]
+    PreDump {
+        /// The images.
+        path: PathBuf,
+    },
     /// Somebody does not let it happen.
     #[error(transparent)]
     Objection(#[from] Objection),
@@ -138,6 +147,9 @@ struct ProcessImages {
 
 /// Makes the plan of a restore.
 pub fn plan(dir: &ImageDir, options: &RestoreOptions) -> Result<Plan, RestoreError> {
+    if dir.inventory()?.pre_dump() {
+        return Err(RestoreError::PreDump { path: dir.path().to_owned() });
+    }
     let entries: Vec<PstreeEntry> = dir.read_all(ImageKind::Pstree)?;
     references::tree(&dir.path_of(ImageKind::Pstree), &entries)?;
     let mut files: Vec<Rc<FileEntry>> = Vec::new();

@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use criu_user::kernel::ebpf::watch::{Event, Generations, Kind, Questions, Watch, What};
+use criu_user::kernel::ebpf::watch::{Connection, Event, Generations, Kind, Questions, Watch, What};
 use nix::unistd::Pid;
 
 /// A Python that does what it is told, a line at a time.
@@ -184,7 +184,7 @@ fn memory_counts_write_faults_by_block() {
     assert_eq!(watch.lost().expect("losses"), Default::default());
 }
 
-fn generations(watch: &Watch, program: &Program) -> Generations {
+fn generations(watch: &mut Watch, program: &Program) -> Generations {
     watch.generations(program.pid()).expect("the map").expect("followed")
 }
 
@@ -216,9 +216,9 @@ fn syscalls_move_the_kinds_that_they_touch_and_no_others() {
         ("a, b = socket.socketpair(); a.setsockopt(1, 2, 1)", &[Kind::Descriptors, Kind::Sockets]),
     ];
     for (line, kinds) in cases {
-        let before = generations(&watch, &program);
+        let before = generations(&mut watch, &program);
         program.run(line);
-        let after = generations(&watch, &program);
+        let after = generations(&mut watch, &program);
         for kind in Kind::ALL {
             // Python's own: its allocator maps and unmaps as it likes.
             if kind != Kind::Memory {
@@ -226,19 +226,19 @@ fn syscalls_move_the_kinds_that_they_touch_and_no_others() {
             }
         }
     }
-    let before = generations(&watch, &program);
+    let before = generations(&mut watch, &program);
     program.run("m = mmap.mmap(-1, 4096)");
-    assert!(!generations(&watch, &program).is_unchanged_since(&before, Kind::Memory));
+    assert!(!generations(&mut watch, &program).is_unchanged_since(&before, Kind::Memory));
     // A child of vfork has its parent's memory until it executes something.
-    let before = generations(&watch, &program);
+    let before = generations(&mut watch, &program);
     program.run("subprocess.run(['true'])");
-    assert!(!generations(&watch, &program).is_unchanged_since(&before, Kind::Actions), "after vfork");
+    assert!(!generations(&mut watch, &program).is_unchanged_since(&before, Kind::Actions), "after vfork");
     // Nobody looked for a while: nothing is known.
-    let before = generations(&watch, &program);
+    let before = generations(&mut watch, &program);
     watch.ask(Questions::LIFECYCLE).expect("stop looking");
     assert_eq!(watch.generations(program.pid()).expect("the map"), None);
     watch.ask(Questions::SYSCALLS | Questions::LIFECYCLE).expect("look again");
-    assert!(!generations(&watch, &program).is_unchanged_since(&before, Kind::Actions), "over a gap");
+    assert!(!generations(&mut watch, &program).is_unchanged_since(&before, Kind::Actions), "over a gap");
 }
 
 #[test]
@@ -276,6 +276,286 @@ fn calls_that_make_a_dump_impossible_are_reported() {
             if line.contains("AF_PACKET") {
                 assert_eq!(call.arguments[..2], [17, 3 | 0o2000000], "{call:?}");
             }
+        }
+    }
+}
+
+/// A connection of the program with a server of the test, and both their ends.
+const CONNECT: &str =
+    "l = socket.create_server(('127.0.0.1', 0)); c = socket.create_connection(l.getsockname()); s, _ = l.accept()";
+
+fn cookie(program: &mut Program, socket: &str) -> u64 {
+    const SO_COOKIE: u32 = 57;
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let path = file.path().display();
+    program.run(&format!(
+        "open('{path}', 'w').write(str(int.from_bytes({socket}.getsockopt(1, {SO_COOKIE}, 8), sys.byteorder)))"
+    ));
+    std::fs::read_to_string(file.path()).expect("read it").parse().expect("a number")
+}
+
+#[test]
+#[ignore = "needs root and the eBPF programs: cargo xtask test"]
+fn sockets_are_followed_through_their_states_and_queues() {
+    const ESTABLISHED: u32 = 1;
+    const FIN_WAIT1: u32 = 4;
+    const CLOSE_WAIT: u32 = 8;
+    const LISTEN: u32 = 10;
+    let mut program = Program::new();
+    let mut other = Program::new();
+    let mut watch = Watch::start(Questions::SOCKETS).expect("load sockets alone");
+    assert_eq!(watch.missing(), [""; 0]);
+    watch.follow(program.pid()).expect("follow");
+    other.run(CONNECT);
+    program.run(CONNECT);
+    let states: Vec<_> = std::iter::from_fn(|| watch.try_next())
+        .filter_map(|event| match event.what {
+            What::Socket { cookie, from, to } => Some((event.pid, cookie, from, to)),
+            _ => None,
+        })
+        .collect();
+    let (listener, client, server) = (cookie(&mut program, "l"), cookie(&mut program, "c"), cookie(&mut program, "s"));
+    let pid = program.pid();
+    let expected = [(pid, listener, 7, LISTEN), (pid, client, 7, 2), (pid, client, 2, 1), (pid, server, 3, 1)];
+    assert!(states.len() == 4 && expected.iter().all(|state| states.contains(state)), "{states:?}");
+    program.run("c.send(b'x' * 1000); time.sleep(0.01); s.recv(300)");
+    let find = |all: &[Connection], cookie| *all.iter().find(|c| c.cookie == Some(cookie)).expect("a connection");
+    let all = watch.connections().expect("the sockets");
+    assert_eq!(all.len(), 3, "{all:?}");
+    let (listener_now, client_now, server_now) = (find(&all, listener), find(&all, client), find(&all, server));
+    assert_eq!((listener_now.state, listener_now.unread), (LISTEN, 0));
+    assert_eq!((client_now.state, client_now.pid), (ESTABLISHED, pid));
+    assert_eq!((client_now.remote, server_now.remote), (listener_now.local, client_now.local));
+    assert_eq!((client_now.sent, client_now.received, client_now.unacknowledged), (1000, 0, 0));
+    assert_eq!((server_now.sent, server_now.received, server_now.unread), (0, 1000, 700));
+    // Nobody accepts it.
+    program.run("d = socket.create_connection(l.getsockname()); time.sleep(0.01)");
+    assert_eq!(find(&watch.connections().expect("the sockets"), listener).unread, 1);
+    program.run("s.recv(5000); c.close()");
+    wait_for(&mut watch, "state", |e| e.what == What::Socket { cookie: client, from: ESTABLISHED, to: FIN_WAIT1 });
+    program.run("s.close(); l.close(); d.close()");
+    assert_eq!(watch.connections().expect("the sockets"), []);
+    // Those that were there before are known as soon as somebody looks.
+    watch.follow(other.pid()).expect("follow");
+    let all = watch.connections().expect("the sockets");
+    assert_eq!(all.len(), 3, "{all:?}");
+    let old = cookie(&mut other, "s");
+    while watch.try_next().is_some() {}
+    other.run("c.shutdown(socket.SHUT_WR); time.sleep(0.01)");
+    let wanted = What::Socket { cookie: old, from: ESTABLISHED, to: CLOSE_WAIT };
+    assert_eq!(wait_for(&mut watch, "state", |e| e.what == wanted).pid, other.pid());
+    other.run("e = socket.create_connection(l.getsockname()); f, _ = l.accept()");
+    let accepted = cookie(&mut other, "f");
+    let wanted = What::Socket { cookie: accepted, from: 3, to: ESTABLISHED };
+    assert_eq!(wait_for(&mut watch, "state", |e| e.what == wanted).pid, other.pid());
+    assert_eq!(watch.lost().expect("losses"), Default::default());
+}
+
+#[test]
+#[ignore = "needs root and the eBPF programs: cargo xtask test"]
+fn the_memory_map_has_a_witness_that_sees_all_writers() {
+    let mut program = Program::new();
+    let mut watch = Watch::start(Questions::empty()).expect("load the iterator alone");
+    let Some(first) = watch.map_sequence(program.pid()).expect("ask") else {
+        eprintln!("this kernel keeps no such number");
+        return;
+    };
+    assert_eq!(watch.map_sequence(program.pid()).expect("ask"), Some(first), "nobody did anything");
+    program.run("m = mmap.mmap(-1, 1 << 20)");
+    let second = watch.map_sequence(program.pid()).expect("ask").expect("a number");
+    assert!(second != first && second.is_multiple_of(2), "{first} {second}");
+    assert_eq!(watch.map_sequence(Pid::from_raw(0x3f_fff0)).expect("ask"), None);
+}
+
+/// A control group of the test's own, in the hierarchy of version 2.
+struct Cgroup(std::path::PathBuf);
+
+impl Cgroup {
+    fn new() -> Self {
+        let text = std::fs::read_to_string("/proc/self/mountinfo").expect("mounts");
+        let mount = text.lines().find(|line| line.contains(" - cgroup2 ")).expect("a mount of version 2");
+        let mount = mount.split(' ').nth(4).expect("where it is");
+        let dir = std::path::Path::new(mount).join(format!("criu-ebpf-watch-{}", std::process::id()));
+        std::fs::create_dir_all(dir.join("below")).expect("make a group");
+        Self(dir)
+    }
+
+    fn enter(&self, below: &str, pid: Pid) {
+        std::fs::write(self.0.join(below).join("cgroup.procs"), pid.to_string()).expect("move a process");
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        for dir in [self.0.join("below"), self.0.clone()] {
+            // A program that was in it may not be gone entirely.
+            let left = (0..500).find(|_| {
+                std::thread::sleep(Duration::from_millis(2));
+                std::fs::remove_dir(&dir).is_ok()
+            });
+            assert!(left.is_some() || std::thread::panicking(), "cannot remove {}", dir.display());
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs root and the eBPF programs: cargo xtask test"]
+fn a_control_group_is_followed_with_those_who_come_and_go() {
+    let group = Cgroup::new();
+    let mut inside = Program::new();
+    let outside = Program::new();
+    inside.run("child = subprocess.Popen(['sleep', '1000'])");
+    group.enter("", inside.pid());
+    let mut watch = Watch::start(Questions::LIFECYCLE).expect("load");
+    assert_eq!(watch.follow_cgroup(&group.0).expect("follow"), [inside.pid()]);
+    assert_eq!(pids(&watch), [inside.pid()], "the child was not moved");
+    group.enter("below", outside.pid());
+    let moved = |is_in| move |e: &Event| e.what == What::Moved { is_in };
+    assert_eq!(wait_for(&mut watch, "move", moved(true)).pid, outside.pid());
+    inside.run("second = subprocess.Popen(['sleep', '1000'])");
+    assert_eq!(pids(&watch).len(), 3);
+    // Up to the root of the hierarchy.
+    std::fs::write(group.0.parent().expect("the mount").join("cgroup.procs"), outside.pid().to_string()).expect("move");
+    assert_eq!(wait_for(&mut watch, "move", moved(false)).pid, outside.pid());
+    assert_eq!(pids(&watch).len(), 2);
+    inside.run("[(p.kill(), p.wait()) for p in (child, second)]");
+    assert_eq!(pids(&watch), [inside.pid()]);
+    drop((inside, outside));
+}
+
+#[test]
+#[ignore = "needs root and the eBPF programs: cargo xtask test"]
+fn what_does_not_fit_is_counted_and_the_set_stays_right() {
+    let mut program = Program::new();
+    let mut watch = Watch::start(Questions::LIFECYCLE).expect("load");
+    watch.follow(program.pid()).expect("follow");
+    // Two records each, of which nobody reads any.
+    program.run("for _ in range(9000): t = threading.Thread(target=int); t.start(); t.join()");
+    program.run("child = subprocess.Popen(['sleep', '1000'])");
+    let lost = watch.lost().expect("losses");
+    assert!(lost.lifecycle > 1000 && lost.processes == 0, "{lost:?}");
+    assert_eq!(pids(&watch).len(), 2);
+    let read = std::iter::from_fn(|| watch.try_next()).count() as u64;
+    assert!((18_000..18_100).contains(&(read + lost.lifecycle)), "{read} read, {lost:?}");
+    program.run("child.kill(); child.wait()");
+    wait_for(&mut watch, "exit", |e| e.what == What::Exit { code: 9 });
+}
+
+#[test]
+#[ignore = "needs root and the eBPF programs: cargo xtask test"]
+fn events_wake_who_waits_for_them() {
+    let mut program = Program::new();
+    let mut watch = Watch::start(Questions::LIFECYCLE | Questions::MEMORY).expect("load");
+    watch.follow(program.pid()).expect("follow");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        for round in 0..50 {
+            writeln!(program.input, "subprocess.run(['/bin/sh', '-c', 'exit {round}'])").expect("write to it");
+            let exit = async {
+                loop {
+                    let event = watch.next().await.expect("an event");
+                    if event.what == (What::Exit { code: round << 8 }) {
+                        return event;
+                    }
+                }
+            };
+            let event = tokio::time::timeout(Duration::from_secs(10), exit).await.expect("woken");
+            assert_ne!(event.pid, program.pid());
+            program.hear("done\n");
+        }
+        // Nothing happens, and the one who waits gives up.
+        while watch.try_next().is_some() {}
+        let nothing = tokio::time::timeout(Duration::from_millis(50), watch.next()).await;
+        assert!(nothing.is_err(), "{nothing:?}");
+    });
+}
+
+/// Numbers of all programs, links and maps of the watch in the kernel.
+fn in_kernel() -> std::collections::BTreeSet<(&'static str, u32)> {
+    let programs = aya::programs::loaded_programs().flatten().filter(|program| program.name().starts_with(b"watch_"));
+    let programs: Vec<u32> = programs.map(|program| program.id()).collect();
+    let links = aya::programs::loaded_links().flatten().filter(|link| programs.contains(&link.program_id()));
+    let links: Vec<u32> = links.map(|link| link.id()).collect();
+    let names: [&[u8]; 5] = [b"PROCESSES", b"RECORDS", b"FAULTS", b"OWNERS", b"LISTENERS"];
+    let maps = aya::maps::loaded_maps().flatten().filter(|map| names.contains(&map.name()));
+    let maps: Vec<u32> = maps.map(|map| map.id()).collect();
+    let all = [("program", programs), ("link", links), ("map", maps)];
+    all.into_iter().flat_map(|(kind, ids)| ids.into_iter().map(move |id| (kind, id))).collect()
+}
+
+#[test]
+#[ignore = "needs root and the eBPF programs: cargo xtask test"]
+fn nothing_is_left_in_the_kernel() {
+    // Other tests have programs of theirs: only what comes with this watch has to go with it.
+    let before = in_kernel();
+    let watch = Watch::start(Questions::all()).expect("load");
+    let own: Vec<_> = in_kernel().difference(&before).copied().collect();
+    for kind in ["program", "link", "map"] {
+        assert!(own.iter().filter(|(of, _)| *of == kind).count() >= 5, "{own:?}");
+    }
+    drop(watch);
+    let begin = Instant::now();
+    while own.iter().any(|id| in_kernel().contains(id)) {
+        assert!(begin.elapsed() < Duration::from_secs(10), "still there: {:?}", in_kernel());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Nanoseconds of processor time that a call takes, in the best of many rounds: others use this machine as well.
+fn each(calls: u32, call: &mut dyn FnMut()) -> f64 {
+    const ROUNDS: u32 = 60;
+    let clock = || nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID).expect("the clock");
+    let round = |_| {
+        let begin = clock();
+        (0..calls).for_each(|_| call());
+        Duration::from(clock() - begin).as_nanos() as f64 / f64::from(calls)
+    };
+    (0..ROUNDS).map(round).fold(f64::INFINITY, f64::min)
+}
+
+/// What the programs cost: for a process that nobody follows, and for one that is followed. Printed, and held to what is
+/// promised as far as a busy machine can tell.
+#[test]
+#[ignore = "needs root and the eBPF programs: cargo xtask test"]
+fn what_it_costs() {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+    use nix::unistd::{dup, getppid, read, write};
+    let own = Pid::this();
+    let zero = std::fs::File::open("/dev/zero").expect("open");
+    let (a, b) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::empty()).expect("a pair");
+    let mut page = [0u8; 4096];
+    let mut measure = || {
+        let nothing = each(5_000, &mut || _ = getppid());
+        let touching = each(2_000, &mut || drop(dup(&zero)));
+        let page_read = each(5_000, &mut || _ = read(&zero, &mut page));
+        let round_trip = each(2_000, &mut || {
+            write(&a, b"0123456789").expect("write");
+            read(&b, &mut [0; 10]).expect("read");
+        });
+        [nothing, touching, page_read, round_trip]
+    };
+    for (name, questions) in [
+        ("lifecycle", Questions::LIFECYCLE),
+        ("memory", Questions::LIFECYCLE | Questions::MEMORY),
+        ("syscalls", Questions::LIFECYCLE | Questions::SYSCALLS),
+        ("sockets", Questions::LIFECYCLE | Questions::SOCKETS),
+        ("all", Questions::all()),
+    ] {
+        let before = measure();
+        let mut watch = Watch::start(questions).expect("load");
+        let others = measure();
+        watch.follow(own).expect("follow");
+        let tracked = measure();
+        drop(watch);
+        let after = measure();
+        let what = ["getppid", "dup and close", "read of a page", "write and read of a pair"];
+        for (at, what) in what.iter().enumerate() {
+            let bare = (before[at] + after[at]) / 2.0;
+            println!(
+                "{name:<10} {what:<25} {bare:7.1} ns; others {:+6.1} ns; followed {:+6.1} ns",
+                others[at] - bare,
+                tracked[at] - bare
+            );
         }
     }
 }

@@ -21,5 +21,6 @@ mod tcp_programs;
 mod terminals;
 mod threads;
 mod timers;
+mod track;
 mod tree;
 mod unix;

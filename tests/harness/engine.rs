@@ -139,6 +139,17 @@ impl Engine {
         self.call(&self.dump_words(program, images, options), images, "dump")
     }
 
+    /// Writes the memory of a program that runs on, building on `parent` if there is one.
+    pub fn pre_dump(self, program: &Program, images: &Path, parent: Option<&Path>) -> Outcome {
+        fs::create_dir_all(images).unwrap_or_else(|error| panic!("creating {}: {error}", images.display()));
+        let mut words: Vec<OsString> = vec!["pre-dump".into(), "-t".into(), program.pid().to_string().into()];
+        words.extend(Self::common_words(images, "pre-dump.log"));
+        if let Some(parent) = parent {
+            words.extend(["--prev-images-dir".into(), parent.into()]);
+        }
+        self.call(&words, images, "pre-dump")
+    }
+
     /// The words after the binary's name for a dump.
     pub fn dump_words(self, program: &Program, images: &Path, options: &Options) -> Vec<OsString> {
         let mut words: Vec<OsString> = vec!["dump".into(), "-t".into(), program.pid().to_string().into()];

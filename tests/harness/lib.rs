@@ -21,6 +21,7 @@
 //! is still to be reaped would be in the way: so this process is the reaper of all that it starts
 //! ([`reaper::become_subreaper`]), and reaps each by its own pid, since tests run side by side.
 
+pub mod bytes;
 pub mod claim;
 pub mod engine;
 pub mod proc;
@@ -29,6 +30,7 @@ pub mod reaper;
 pub mod row;
 pub mod workload;
 
+pub use bytes::Bytes;
 pub use claim::Claim;
 pub use engine::{Engine, Options, Outcome, Restored, Survey};
 pub use program::Program;

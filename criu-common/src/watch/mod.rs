@@ -288,52 +288,86 @@ pub struct Faults {
 /// How many blocks are counted at most.
 pub const MOST_BLOCKS: u32 = 1 << 17;
 
-/// What is known of a connection; the key is the cookie of its socket.
+/// A TCP socket that a process has open, as it is at this moment.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Socket {
-    /// Key of the process that was last seen to use it.
-    pub key: u32,
-    /// Its pid.
+    /// SO_COOKIE; 0 as long as nobody has asked for it.
+    pub cookie: u64,
+    /// Inode, as in /proc/PID/fd.
+    pub inode: u64,
+    /// Who has it.
     pub pid: u32,
-    /// Address family.
-    pub family: u16,
-    /// Protocol, by its number in IP.
-    pub protocol: u16,
+    /// Under which descriptor.
+    pub fd: u32,
     /// State, by its number in the kernel.
     pub state: u32,
+    /// Address family.
+    pub family: u16,
     /// Our port.
     pub port: u16,
     /// The peer's.
     pub peer_port: u16,
     /// Padding.
-    pub zero: u32,
+    pub zero: [u16; 3],
     /// Our address, IPv4 mapped into IPv6.
     pub address: [u8; 16],
     /// The peer's.
     pub peer_address: [u8; 16],
-    /// Bytes that the program has sent since it is watched.
+    /// Bytes that were sent, those sent again included.
     pub sent: u64,
-    /// Bytes that the program has taken.
+    /// Bytes that came.
     pub received: u64,
-    /// Calls that sent.
-    pub sends: u64,
-    /// Calls that took.
-    pub receives: u64,
     /// Segments that were sent again.
-    pub retransmits: u64,
-    /// Resets that came.
-    pub resets: u64,
-    /// Bytes that wait to be taken, when last seen.
+    pub retransmits: u32,
+    /// Bytes that wait to be taken; of a listening socket the connections.
     pub unread: u32,
-    /// Bytes that the peer has not acknowledged, when last seen.
+    /// Bytes that were written and not acknowledged.
     pub unacknowledged: u32,
-    /// When last seen, on the monotonic clock.
-    pub last_ns: u64,
+    /// Padding.
+    pub zero2: u32,
 }
+
+/// Whose a socket is.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Owner {
+    /// Key of the process.
+    pub key: u32,
+    /// Its pid.
+    pub pid: u32,
+}
+
+/// A port of a network namespace.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Listener {
+    /// Address of the namespace in the kernel.
+    pub network: u64,
+    /// The port.
+    pub port: u64,
+}
+
+/// How many ports that somebody listens at are remembered at most.
+pub const MOST_LISTENERS: u32 = 1 << 12;
 
 /// How many connections are remembered at most.
 pub const MOST_SOCKETS: u32 = 1 << 16;
+
+/// A control group that is followed. One with id 0 stands for its whole hierarchy: moves within it are looked at.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Group {
+    /// Inode of its directory.
+    pub id: u64,
+    /// Number of its hierarchy, 0 for version 2.
+    pub hierarchy: u32,
+    /// Padding.
+    pub zero: u32,
+}
+
+/// How many groups can be followed at once.
+pub const MOST_GROUPS: u32 = 64;
 
 /// What can be lost: index into the map of losses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -411,6 +445,9 @@ layout! {
     Moved: 32, [is_in: 24];
     BlockKey: 16, [block: 8];
     Faults: 24, [last_ns: 16];
-    Socket: 120, [address: 24, sent: 56, unread: 104, last_ns: 112];
+    Socket: 104, [family: 28, address: 40, sent: 72, unread: 92];
+    Owner: 8, [pid: 4];
+    Listener: 16, [port: 8];
+    Group: 16, [hierarchy: 8];
     Followed: 16, [is_in: 12];
 }

@@ -41,4 +41,24 @@ crate::offsets::offsets! {
     tcp_copied_seq: needed "tcp_sock" "copied_seq";
     tcp_write_seq: needed "tcp_sock" "write_seq";
     tcp_snd_una: needed "tcp_sock" "snd_una";
+    tcp_bytes_sent: needed "tcp_sock" "bytes_sent";
+    tcp_bytes_received: needed "tcp_sock" "bytes_received";
+    tcp_total_retrans: needed "tcp_sock" "total_retrans";
+    sock_net: needed "sock" "__sk_common.skc_net.net";
+    sock_backlog: needed "sock" "sk_ack_backlog";
+    socket_sk: needed "socket" "sk";
+
+    file_inode: needed "file" "f_inode";
+    file_private_data: needed "file" "private_data";
+    inode_mode: needed "inode" "i_mode";
+    inode_ino: needed "inode" "i_ino";
+
+    cgroup_root: needed "cgroup" "root";
+    cgroup_kn: needed "cgroup" "kn";
+    cgroup_level: needed "cgroup" "level";
+    cgroup_ancestors: optional "cgroup" "ancestors";
+    root_hierarchy: needed "cgroup_root" "hierarchy_id";
+    kn_id: needed "kernfs_node" "id";
+
+    mm_lock_seq: optional "mm_struct" "mm_lock_seq.sequence";
 }

@@ -1,6 +1,6 @@
 //! `criu-ebpf dump`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -17,10 +17,13 @@ use super::watcher::Watcher;
 use super::{Outcome, log, say};
 use crate::dump::{self, DumpOptions, Summary};
 use crate::freeze::Release;
+use crate::image::{self, ImageDir};
 use crate::kernel::surveyor::Source;
+use crate::lineage::Tracking;
 use crate::object::cgroup::Manage;
 use crate::object::outside::{External, Inherit};
 use crate::object::tcp::NetworkLock;
+use crate::predump::{self, PreDumpOptions};
 
 #[derive(Debug, Args)]
 pub(super) struct DumpArgs {
@@ -84,6 +87,44 @@ pub(super) struct DumpArgs {
     /// Stop the tree by the freezer of this control group (its directory), of which the tree must be a part
     #[arg(long, value_name = "DIR")]
     freeze_cgroup: Option<PathBuf>,
+    #[command(flatten)]
+    tracking: TrackingArgs,
+}
+
+/// What dumps and pre-dumps are asked about memory tracking.
+#[derive(Debug, Args)]
+pub(super) struct TrackingArgs {
+    /// Have a session track which pages are written from here on, so that the next dump can build on this one; METHOD is
+    /// auto or uffd
+    #[arg(long, value_name = "METHOD", value_enum, num_args = 0..=1, require_equals = true,
+          default_missing_value = "auto")]
+    track_mem: Option<TrackMethod>,
+    /// Images of the last pre-dump or dump, on which these build; a path that is not absolute starts in --images-dir
+    #[arg(long, value_name = "DIR")]
+    prev_images_dir: Option<PathBuf>,
+    /// Free the room of pages in earlier images that these replace; those serve only later images then
+    #[arg(long)]
+    auto_dedup: bool,
+}
+
+impl TrackingArgs {
+    /// What the engine is told; a pre-dump tracks in any case.
+    fn wanted(self, always: bool) -> Tracking {
+        Tracking {
+            track_mem: always || self.track_mem.is_some(),
+            prev_images_dir: self.prev_images_dir,
+            auto_dedup: self.auto_dedup,
+        }
+    }
+}
+
+/// How writes to memory are tracked.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum TrackMethod {
+    /// What this kernel has
+    Auto,
+    /// userfaultfd(2), write protection that the kernel resolves by itself
+    Uffd,
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
@@ -146,14 +187,91 @@ pub(super) fn run(args: DumpArgs) -> Outcome {
         file_locks: args.file_locks,
         link_remap: args.link_remap,
         ghost_limit: args.ghost_limit,
+        tracking: args.tracking.wanted(false),
     };
     let summary = dump::dump(&options, &watcher).inspect_err(|_| watcher.give_up())?;
     watcher.finish();
+    if options.tracking.auto_dedup {
+        dedup(&options.images_dir)?;
+    }
     if let Some(status) = status {
         status.report();
     }
     report(&common, &summary)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Options of a pre-dump: those of a dump, so that whoever does both can say the same; most have a meaning only there.
+#[derive(Debug, Args)]
+pub(super) struct PreDumpArgs {
+    #[command(flatten)]
+    dump: DumpArgs,
+    /// How pages are copied out of the running tree; both are the same here: pages are read while it runs
+    #[arg(long, value_name = "MODE", value_enum, default_value = "read")]
+    pre_dump_mode: PreDumpMode,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum PreDumpMode {
+    Read,
+    Splice,
+}
+
+/// `criu-ebpf pre-dump`.
+pub(super) fn pre_dump(args: PreDumpArgs) -> Outcome {
+    let PreDumpArgs { dump: args, pre_dump_mode: PreDumpMode::Read | PreDumpMode::Splice } = args;
+    args.common.make_images_dir();
+    log::start(&args.common)?;
+    let status = StatusFd::take(args.common.status_fd)?;
+    let watcher = Watcher::new(Scripts::new(&args.common)?, Progress::new("copying memory", &args.common), None);
+    let options = PreDumpOptions {
+        pid: Pid::from_raw(args.pid),
+        work_dir: args.common.work_dir(),
+        images_dir: args.common.images_dir.clone(),
+        tracking: args.tracking.wanted(true),
+    };
+    let summary = predump::pre_dump(&options, &watcher).inspect_err(|_| watcher.give_up())?;
+    watcher.finish();
+    if options.tracking.auto_dedup {
+        dedup(&options.images_dir)?;
+    }
+    if let Some(status) = status {
+        status.report();
+    }
+    if args.common.json {
+        say(serde_json::to_string(&summary)?);
+    } else if !args.common.quiet {
+        say(format_args!(
+            "pre-dumped {} processes, {} pages ({}), {} in the parent, {} left for the next; frozen for {:.1} ms, {:.1} ms in all",
+            summary.processes,
+            summary.pages_written,
+            HumanBytes(summary.bytes_written),
+            summary.pages_in_parent,
+            summary.pages_skipped,
+            summary.frozen.as_secs_f64() * 1e3,
+            summary.total.as_secs_f64() * 1e3,
+        ));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `criu-ebpf dedup`.
+pub(super) fn dedup_command(common: Common) -> Outcome {
+    log::start(&common)?;
+    let freed = dedup(&common.images_dir)?;
+    if common.json {
+        say(format_args!("{{\"bytes_freed\":{freed}}}"));
+    } else if !common.quiet {
+        say(format_args!("{} of the parent images are freed", HumanBytes(freed)));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Frees what the images in a directory have taken the place of.
+fn dedup(dir: &Path) -> Result<u64, CliError> {
+    let freed = image::dedup(&ImageDir::open(dir)?)?;
+    tracing::info!(bytes = freed, "parents are freed of what is newer here");
+    Ok(freed)
 }
 
 /// Prints what it came to.

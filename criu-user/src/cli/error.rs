@@ -8,7 +8,9 @@ use crate::image::ImageError;
 use crate::kernel::SysError;
 use crate::kernel::ebpf::EbpfError;
 use crate::object::ObjectError;
+use crate::predump::PreDumpError;
 use crate::restore::RestoreError;
+use crate::track::TrackError;
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -19,6 +21,12 @@ pub(super) enum CliError {
     /// A restore failed.
     #[error(transparent)]
     Restore(#[from] RestoreError),
+    /// A pre-dump failed.
+    #[error(transparent)]
+    PreDump(#[from] PreDumpError),
+    /// Tracking failed.
+    #[error(transparent)]
+    Track(#[from] TrackError),
     /// There are no images.
     #[error(transparent)]
     Image(#[from] ImageError),

@@ -13,6 +13,7 @@ mod restore;
 mod scripts;
 mod status;
 mod tcp;
+mod track;
 mod watcher;
 
 use std::io::Write;
@@ -34,6 +35,12 @@ pub struct Cli {
 enum Command {
     /// Write a process tree to images, and kill it unless told otherwise
     Dump(Box<dump::DumpArgs>),
+    /// Write the memory of a tree that runs on; a later dump takes only what was written since
+    PreDump(Box<dump::PreDumpArgs>),
+    /// Free the room of pages in parent images that newer ones have
+    Dedup(Box<common::Common>),
+    /// Watch a process tree: which memory it writes, and what a dump of it would cost
+    Track(track::TrackArgs),
     /// Bring a process tree back from its images
     Restore(Box<restore::RestoreArgs>),
     /// Say what this kernel can, and what that means
@@ -65,6 +72,9 @@ pub fn main() -> ExitCode {
     };
     let outcome = match cli.command {
         Command::Dump(args) => dump::run(*args),
+        Command::PreDump(args) => dump::pre_dump(*args),
+        Command::Dedup(args) => dump::dedup_command(*args),
+        Command::Track(args) => track::run(args),
         Command::Restore(args) => restore::run(*args),
         Command::Check(args) => check::run(args),
         Command::Gate(args) => gate::run(args),

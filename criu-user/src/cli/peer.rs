@@ -25,7 +25,6 @@ const OPTIONS: &[(&[&str], &str)] = &[
     (&["--page-server", "--address", "--port", "--ps-socket"], NETWORK),
     (&["--tls", "--tls-cacert", "--tls-cacrl", "--tls-cert", "--tls-key", "--tls-no-cn-verify"], NETWORK),
     (&["--daemon"], "there is no service to run in the background"),
-    (&["--auto-dedup"], "there are no parent images to take pages from"),
     (&["--force-irmap", "--irmap-scan-path"], INOTIFY),
     (&["--cgroup-props", "--cgroup-props-file", "--cgroup-dump-controller", "--cgroup-yard"], CGROUPS),
     (&["--lsm-profile", "--lsm-mount-context"], SECURITY),

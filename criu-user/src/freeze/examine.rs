@@ -74,7 +74,7 @@ pub(super) fn examine(pid: Pid, seized: &mut Seized) -> Result<FrozenProcess, Fr
     tids.sort_by_key(|&tid| (tid != pid, tid));
     let shown = Shown { pid, by: tids.first().copied().unwrap_or(pid) };
     let stat = process_stat(shown)?;
-    let pending = match tids.first() {
+    let mut pending = match tids.first() {
         Some(&tid) => ptrace::pending_signals(tid, PendingQueue::Process)?,
         None => Vec::new(),
     };
@@ -96,8 +96,22 @@ pub(super) fn examine(pid: Pid, seized: &mut Seized) -> Result<FrozenProcess, Fr
         }
         threads.push(thread);
     }
+    // One that was stopped already changes nothing; else it stands where it is about to stop. It cannot be blocked, so a
+    // restore could not keep it pending.
+    let mut queues: Vec<_> = threads.iter_mut().map(|thread| &mut thread.pending).collect();
+    queues.push(&mut pending);
+    if queues.into_iter().filter_map(take_stop).count() > 0 {
+        group_stop = group_stop.or(Some(libc::SIGSTOP));
+    }
     let pidfd = if shown.by == pid { PidFd::open(pid)? } else { PidFd::open_by_thread(shown.by)? };
     Ok(FrozenProcess { pid, shown, stat, threads, pending, group_stop, memory, pidfd, children: children_of(pid) })
+}
+
+/// Takes SIGSTOP out of a queue, if it is there.
+fn take_stop(queue: &mut Vec<[u8; ptrace::SIGINFO_LEN]>) -> Option<()> {
+    let before = queue.len();
+    queue.retain(|info| i32::from_le_bytes([info[0], info[1], info[2], info[3]]) != libc::SIGSTOP);
+    (queue.len() != before).then_some(())
 }
 
 /// Where the first thread has ended, only its name and how it ended are its own.

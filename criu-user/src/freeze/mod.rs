@@ -169,16 +169,35 @@ pub fn freeze(root: Pid, limit: Duration, group: Option<&Path>) -> Result<Frozen
         Some(dir) => Some(Paused(Freezer::open(dir)?.ok_or_else(|| no_freezer(dir))?)),
         None => None,
     };
-    let mut frozen = freeze_by_turns(root, begin, limit, group.as_ref().map(|group| &group.0))?;
+    let mut frozen = freeze_by_turns(begin, limit, |since, deadline| {
+        let mut seized = Seized::default();
+        if let Some(Paused(group)) = &group {
+            seize_frozen(root, group, deadline, &mut seized)?;
+        }
+        attempt(&|| walk(root), since, deadline, seized)
+    })?;
     // One that ran before runs already.
     frozen.paused = group.filter(|group| group.0.was_frozen());
     Ok(frozen)
 }
 
-fn freeze_by_turns(root: Pid, begin: Instant, limit: Duration, group: Option<&Freezer>) -> Result<Frozen, FreezeError> {
+/// Freezes one process without those below it: for what is done to it alone. What it was in the middle of (a fork) may be
+/// seen half done by others.
+pub fn freeze_alone(pid: Pid, limit: Duration) -> Result<Frozen, FreezeError> {
+    check_root(pid)?;
+    freeze_by_turns(Instant::now(), limit, |since, deadline| {
+        attempt(&|| Ok(vec![pid]), since, deadline, Seized::default())
+    })
+}
+
+fn freeze_by_turns(
+    begin: Instant,
+    limit: Duration,
+    attempt: impl Fn(Instant, Instant) -> Result<Frozen, FreezeError>,
+) -> Result<Frozen, FreezeError> {
     loop {
         let since = Instant::now();
-        match attempt(root, since, begin + limit, group) {
+        match attempt(since, begin + limit) {
             Ok(frozen) if !frozen.has_guest() => return Ok(frozen),
             Ok(frozen) if begin.elapsed() + BREATH >= limit => {
                 return Err(FreezeError::Guest { pid: frozen.root().as_raw(), limit });
@@ -212,14 +231,16 @@ fn check_root(root: Pid) -> Result<(), FreezeError> {
     Ok(())
 }
 
-fn attempt(root: Pid, since: Instant, deadline: Instant, group: Option<&Freezer>) -> Result<Frozen, FreezeError> {
-    let mut seized = Seized::default();
-    if let Some(group) = group {
-        seize_frozen(root, group, deadline, &mut seized)?;
-    }
+/// Freezes the processes that `walk` finds, the first of which is their root.
+fn attempt(
+    walk: &dyn Fn() -> Result<Vec<Pid>, FreezeError>,
+    since: Instant,
+    deadline: Instant,
+    mut seized: Seized,
+) -> Result<Frozen, FreezeError> {
     let deadline = deadline.min(Instant::now() + ATTEMPT);
     let order = loop {
-        let order = walk(root)?;
+        let order = walk()?;
         let mut new = false;
         for &pid in &order {
             new |= seize_threads(pid, &mut seized)?;

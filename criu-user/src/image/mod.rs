@@ -5,6 +5,7 @@
 //! do with a single file and [`references`] for what files say of each other.
 
 pub mod check;
+mod dedup;
 mod dir;
 mod error;
 mod ghost;
@@ -18,6 +19,7 @@ pub mod references;
 mod values;
 mod write;
 
+pub use dedup::dedup;
 pub use dir::{ImageDir, write_service};
 pub use error::ImageError;
 pub(crate) use error::room;

@@ -141,15 +141,15 @@ impl<'d> PageStore<'d> {
 
 /// A pagemap of one dump, and the file that it names.
 #[derive(Debug)]
-struct Layer {
+pub(super) struct Layer {
     path: PathBuf,
-    pages_path: PathBuf,
+    pub(super) pages_path: PathBuf,
     pages: File,
-    runs: Vec<PageRun>,
+    pub(super) runs: Vec<PageRun>,
 }
 
 impl Layer {
-    fn open(dir: &ImageDir, name: ImageName) -> Result<Layer, ImageError> {
+    pub(super) fn open(dir: &ImageDir, name: ImageName) -> Result<Layer, ImageError> {
         let mut reader = dir.reader(name)?;
         let path = reader.path().to_owned();
         let head: PagemapHead = reader.required()?;

@@ -5,3 +5,7 @@
 #![expect(missing_docs, reason = "described in proto/, where a field's neighbours explain it")]
 
 include!(concat!(env!("OUT_DIR"), "/criu.rs"));
+/// What commands and a tracking session say to each other.
+pub mod session {
+    include!(concat!(env!("OUT_DIR"), "/criu.session.rs"));
+}

@@ -1,9 +1,11 @@
 //! What can be asked of a descriptor that we hold.
 
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use nix::errno::Errno;
 
+use super::error::During;
 use super::{SysError, SysResult};
 
 fn fcntl(fd: BorrowedFd<'_>, command: i32, arg: u64, call: &'static str) -> SysResult<i32> {
@@ -162,6 +164,13 @@ pub fn seek(fd: impl AsFd, position: u64) -> SysResult<()> {
         .map_err(|e| SysError::new("lseek", format!("fd {}, {position}", fd.as_fd().as_raw_fd()), e))
 }
 
+/// Puts /dev/null in the place of standard input, output and error. dup2(2).
+pub fn close_standard() -> SysResult<()> {
+    let null = File::options().read(true).write(true).open("/dev/null").during("open", "/dev/null")?;
+    let done = nix::unistd::dup2_stdin(&null).and_then(|()| nix::unistd::dup2_stdout(&null));
+    done.and_then(|()| nix::unistd::dup2_stderr(&null)).during("dup2", "/dev/null")
+}
+
 /// Writes all of `bytes` at `offset`.
 pub fn write_all_at(fd: impl AsFd, bytes: &[u8], offset: u64) -> SysResult<()> {
     let mut done = 0;
@@ -227,7 +236,7 @@ mod tests {
 
     #[test]
     fn exactly_these_are_closed() {
-        let null = || std::fs::File::open("/dev/null").expect("/dev/null");
+        let null = || File::open("/dev/null").expect("/dev/null");
         let base = 700;
         let at = |n: i32| duplicate_above(null(), base + n).expect("a duplicate");
         let (all, kept): (Vec<_>, Vec<_>) = (0..20).map(at).partition(|fd| fd.as_raw_fd() % 5 != 0);

@@ -1,4 +1,5 @@
-//! Which pages of an area hold something: the PAGEMAP_SCAN ioctl of `/proc/PID/pagemap` (Linux 6.7).
+//! Which pages of an area hold something, and which were written: the PAGEMAP_SCAN ioctl of `/proc/PID/pagemap`
+//! (Linux 6.7).
 //!
 //! # References
 //! Documentation/admin-guide/mm/pagemap.rst, include/uapi/linux/fs.h.
@@ -16,9 +17,9 @@ bitflags::bitflags! {
     /// Categories of pages, `PAGE_IS_*`.
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     pub struct PageKind: u64 {
-        /// Its write is not yet tracked, or it was written since it was armed.
+        /// In an area that is registered with a userfaultfd in the mode WP_ASYNC.
         const WP_ALLOWED = 1;
-        /// Written since it was armed.
+        /// Written since it was armed, or not armed at all.
         const WRITTEN = 1 << 1;
         /// Belongs to a file.
         const FILE = 1 << 2;
@@ -73,6 +74,12 @@ pub(super) const PAGEMAP_SCAN: u64 = (3 << 30) | ((size_of::<ScanArg>() as u64) 
 /// region tells where to go on.
 const VECTOR: usize = 2048;
 
+/// `PM_SCAN_WP_MATCHING`: what is reported is write-protected in the same step, and areas where that cannot be are passed
+/// over.
+const WP_MATCHING: u64 = 1;
+/// Behind the last address of a process (x86-64 with four levels of page tables; the walk ends with the last area).
+pub const ADDRESSES_END: u64 = 0x7fff_ffff_f000;
+
 /// What to look for.
 #[derive(Debug, Clone, Copy)]
 pub struct Query {
@@ -110,11 +117,29 @@ impl PageMap {
 
     /// The runs of pages between `start` and `end` that match, ascending, appended to `found`.
     pub fn scan(&mut self, start: u64, end: u64, query: Query, found: &mut Vec<Region>) -> SysResult<()> {
+        self.walk((start, end), query, 0, found)
+    }
+
+    /// The pages that were written since they were armed last, in all areas that are registered with a userfaultfd in
+    /// the mode WP_ASYNC. Each is armed again in the step that finds it, while the process runs: a write is either seen
+    /// by this call or by the next.
+    pub fn fetch_written(&mut self, found: &mut Vec<Region>) -> SysResult<()> {
+        const WRITTEN: Query = Query {
+            all: PageKind::WRITTEN,
+            any: PageKind::empty(),
+            inverted: PageKind::empty(),
+            report: PageKind::WRITTEN,
+        };
+        self.walk((0, ADDRESSES_END), WRITTEN, WP_MATCHING, found)
+    }
+
+    fn walk(&mut self, (start, end): (u64, u64), query: Query, flags: u64, found: &mut Vec<Region>) -> SysResult<()> {
         let mut at = start;
         while at < end {
             let any = query.any & self.known;
             let mut arg = ScanArg {
                 size: size_of::<ScanArg>() as u64,
+                flags,
                 start: at,
                 end,
                 vec: self.vector.as_mut_ptr() as u64,

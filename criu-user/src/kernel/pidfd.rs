@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
+use tokio::io::unix::AsyncFd;
 
 use super::{SysError, SysResult, sys};
 
@@ -40,6 +41,12 @@ impl PidFd {
             .map_err(|e| SysError::new("pidfd_getfd", format!("pid {}, fd {fd}", self.pid), e))?;
         // SAFETY: as above.
         Ok(unsafe { OwnedFd::from_raw_fd(got as i32) })
+    }
+
+    /// For waiting in a tokio runtime: it becomes readable when the process has ended.
+    pub fn into_async(self) -> std::io::Result<AsyncFd<OwnedFd>> {
+        // SAFETY: the descriptor is owned by what is returned, and closed with it only.
+        unsafe { AsyncFd::register(self.fd) }.map_err(Into::into)
     }
 
     /// Sends a signal. pidfd_send_signal(2).

@@ -5,9 +5,12 @@
 //! over a reused buffer. proc(5) describes the files.
 
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 
 use super::error::During;
@@ -113,6 +116,30 @@ pub struct Shown {
     pub by: Pid,
 }
 
+impl Shown {
+    /// Finds a process; `None` if it has ended.
+    pub fn find(pid: Pid) -> Option<Self> {
+        let alive = |tid: &Pid| stat(pid, Some(*tid)).is_ok_and(|stat| !matches!(stat.state, 'Z' | 'X'));
+        if alive(&pid) {
+            return Some(Self { pid, by: pid });
+        }
+        threads(pid).ok()?.into_iter().find(alive).map(|by| Self { pid, by })
+    }
+}
+
+/// The processes of a tree, parents before children. One that forks meanwhile may be seen without its newest child.
+pub fn tree(root: Pid) -> Vec<Pid> {
+    let mut order = vec![root];
+    let mut at = 0;
+    while at < order.len() {
+        let pid = order[at];
+        let threads = threads(pid).unwrap_or_default();
+        order.extend(threads.iter().flat_map(|&tid| children(pid, tid).unwrap_or_default()));
+        at += 1;
+    }
+    order
+}
+
 /// `/proc/PID/stat`, or a thread's with `task`.
 pub fn stat(pid: Pid, task: Option<Pid>) -> SysResult<Stat> {
     let path = match task {
@@ -211,6 +238,29 @@ impl KeyValues {
     /// The value of `key` in base `radix`.
     pub fn number(&self, key: &str, radix: u32) -> SysResult<u64> {
         self.get(key).and_then(|v| u64::from_str_radix(v, radix).ok()).ok_or_else(|| malformed(&self.path))
+    }
+}
+
+/// A directory of links, such as `/proc/PID/ns`, to read several of them.
+#[derive(Debug)]
+pub struct LinkDir {
+    dir: OwnedFd,
+    path: String,
+}
+
+impl LinkDir {
+    /// Opens it.
+    pub fn open(path: String) -> SysResult<Self> {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let dir = nix::fcntl::open(path.as_str(), flags, Mode::empty()).during("open", &path)?;
+        Ok(Self { dir, path })
+    }
+
+    /// Where a link of it leads.
+    pub fn link(&self, name: &str) -> SysResult<PathBuf> {
+        let target = nix::fcntl::readlinkat(&self.dir, name)
+            .map_err(|e| SysError::new("readlink", format!("{}/{name}", self.path), e))?;
+        Ok(target.into())
     }
 }
 

@@ -173,6 +173,15 @@ pub fn vmas_of(pid: Pid) -> SysResult<Vec<Vma>> {
     Ok(vmas)
 }
 
+/// The areas of a process as /proc/PID/maps tells them: with their protection, but without advice and other flags, and
+/// many times faster.
+pub fn layout_of(pid: Pid) -> SysResult<Vec<Vma>> {
+    let path = format!("/proc/{pid}/maps");
+    let bytes = std::fs::read(&path).during("read", &path)?;
+    let lines = bytes.split(|&b| b == b'\n').filter(|line| !line.is_empty());
+    lines.map(|line| parse_area(line).ok_or_else(|| SysError::new("parse", &path, Errno::EBADMSG))).collect()
+}
+
 fn parse_area(line: &[u8]) -> Option<Vma> {
     let mut fields = line.splitn(6, |&b| b == b' ');
     let mut field = || fields.next().and_then(|f| std::str::from_utf8(f).ok());

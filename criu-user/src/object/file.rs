@@ -14,6 +14,7 @@ use nix::sys::stat::{FileStat, SFlag};
 use nix::unistd::Pid;
 use tracing::debug;
 
+use super::memory::Past;
 use super::{KINDS, ObjectError, Refusal, locks, unsupported};
 use crate::call;
 use crate::image::proto::{FdTypes, FdinfoEntry, FileEntry, FownEntry};
@@ -153,6 +154,8 @@ pub struct Capture<'a> {
     pub shelf: Shelf,
     /// What cannot be dumped.
     pub refusals: Vec<Refusal>,
+    /// What is known of the tree's memory from before.
+    pub past: Past,
     files: Vec<FileEntry>,
     next_id: u32,
     /// Descriptions that are in no table, only on their way in a socket; held so that they are known again.
@@ -177,6 +180,7 @@ impl<'a> Capture<'a> {
             pids,
             shelf: Shelf::default(),
             refusals: Vec::new(),
+            past: Past::default(),
             files: Vec::new(),
             next_id: 1,
             in_flight: Vec::new(),

@@ -112,7 +112,7 @@ fn dump(cx: &Capture<'_>, id: u64, object: &Object, pages_id: u32) -> Result<Pag
         cx.observer.moved(end - start);
         at = end;
     }
-    Ok(Pages { scanned: size.div_ceil(PAGE), written: image.finish()?.present })
+    Ok(Pages { scanned: size.div_ceil(PAGE), written: image.finish()?.present, in_parent: 0 })
 }
 
 /// Objects planned so far, by id.

@@ -106,6 +106,10 @@ pub fn plan_pending(plan: &mut Plan, task: TaskRef, queue: &SignalQueueEntry, wh
         if !(1..=SIGNALS as i32).contains(&signo) {
             return Err(ObjectError::contradiction(format!("pending signal {signo}")));
         }
+        // It cannot be blocked, and would stop the task in the middle of its own making.
+        if signo == SIGSTOP as i32 {
+            continue;
+        }
         let why = format!("signal {signo} was pending");
         let call = match whose {
             Whose::Process => call!(SYS_rt_sigqueueinfo(pid, signo, info.clone()), why),

@@ -1,8 +1,7 @@
 //! userfaultfd(2): its features, and write protection that the kernel resolves by itself (WP_ASYNC), which tracks
 //! written pages.
 
-use std::fs::OpenOptions;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;
 
@@ -11,62 +10,9 @@ use super::{Answer, ensure};
 use crate::kernel::error::During;
 use crate::kernel::pagemap::{PAGEMAP_SCAN, PageKind, Region, ScanArg};
 use crate::kernel::survey::PAGE;
-use crate::kernel::{SysError, SysResult, sys};
-
-bitflags::bitflags! {
-    /// `UFFD_FEATURE_*` of include/uapi/linux/userfaultfd.h.
-    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-    pub struct Features: u64 {
-        /// Tells of forks.
-        const EVENT_FORK = 1 << 1;
-        /// Tells of mremap(2).
-        const EVENT_REMAP = 1 << 2;
-        /// Tells of MADV_DONTNEED and the like.
-        const EVENT_REMOVE = 1 << 3;
-        /// Tells of munmap(2).
-        const EVENT_UNMAP = 1 << 6;
-        /// Write protection of huge pages and of shared memory.
-        const WP_HUGETLBFS_SHMEM = 1 << 12;
-        /// Write protection of pages that do not exist yet.
-        const WP_UNPOPULATED = 1 << 13;
-        /// Write protection that a fault takes away by itself.
-        const WP_ASYNC = 1 << 15;
-    }
-}
-
-const API: u64 = 0xaa;
-/// `UFFDIO_API`, `UFFDIO_REGISTER`: `_IOWR(0xaa, …)` with 24 and 32 bytes.
-const UFFDIO_API: u64 = 0xc018_aa3f;
-const UFFDIO_REGISTER: u64 = 0xc020_aa00;
-const MODE_WP: u64 = 1 << 1;
-
-/// A new userfaultfd: by the system call, or by its device, which may be open to more users.
-fn open() -> SysResult<OwnedFd> {
-    /// `USERFAULTFD_IOC_NEW`: `_IO(0xaa, 0)`.
-    const NEW: u64 = 0xaa00;
-    let flags = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64;
-    // SAFETY: numbers only.
-    let made = unsafe { sys::raw(libc::SYS_userfaultfd, [flags, 0, 0, 0, 0, 0]) };
-    let made = match (made, OpenOptions::new().read(true).write(true).open("/dev/userfaultfd")) {
-        (Err(Errno::EPERM), Ok(device)) => {
-            // SAFETY: numbers only.
-            unsafe { sys::raw(libc::SYS_ioctl, [device.as_raw_fd() as u64, NEW, flags, 0, 0, 0]) }
-        }
-        (made, _) => made,
-    };
-    let fd = made.during("userfaultfd", "a new descriptor")?;
-    // SAFETY: a new descriptor that nobody else owns.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
-}
-
-/// Agrees on features with the kernel; gives all that it has.
-fn agree(fd: &OwnedFd, wanted: Features) -> SysResult<Features> {
-    let mut api = [API, wanted.bits(), 0];
-    // SAFETY: the words live for the call and are as many as the request says.
-    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API as _, api.as_mut_ptr()) })
-        .during("ioctl(UFFDIO_API)", format!("{wanted:?}"))?;
-    Ok(Features::from_bits_retain(api[1]))
-}
+pub use crate::kernel::uffd::Features;
+use crate::kernel::uffd::{Registered, WriteWatch, agree, open};
+use crate::kernel::{SysError, SysResult};
 
 /// userfaultfd(2) at all.
 pub fn userfaultfd() -> Answer {
@@ -84,13 +30,11 @@ pub fn grants<const FEATURES: u64>() -> Answer {
 
 /// Tracks the writes to an area: of three pages, the one that was written since the last look is found.
 pub fn tracks_writes() -> Answer {
-    let fd = open()?;
-    agree(&fd, Features::WP_ASYNC | Features::WP_UNPOPULATED)?;
+    let watch = WriteWatch::new(open()?)?;
     let pages = Pages::new(3)?;
-    let mut register = [pages.start, pages.len, MODE_WP, 0];
-    // SAFETY: the words live for the call and are as many as the request says.
-    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_REGISTER as _, register.as_mut_ptr()) })
-        .during("ioctl(UFFDIO_REGISTER)", "three pages")?;
+    if let Registered::No(errno) = watch.register(pages.start, pages.start + pages.len) {
+        return Err(SysError::new("ioctl(UFFDIO_REGISTER)", "three pages", errno).into());
+    }
     fetch_written(&pages)?;
     pages.touch(1);
     ensure(fetch_written(&pages)? == [1], "the kernel does not tell the page that was written from the others")?;

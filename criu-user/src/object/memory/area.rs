@@ -40,7 +40,7 @@ fn kernel_area(vma: &Vma) -> Option<VmaStatus> {
 }
 
 /// Whether an area's pages belong to the process alone.
-pub(super) fn is_private(vma: &Vma) -> bool {
+pub fn is_private(vma: &Vma) -> bool {
     !vma.flags.contains(VmFlags::SHARED) && kernel_area(vma).is_none()
 }
 

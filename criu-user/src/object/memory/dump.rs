@@ -6,7 +6,7 @@ use nix::unistd::Pid;
 use crate::agent::{Batch, Guest};
 use crate::freeze::FrozenProcess;
 use crate::image::proto::VmaEntry;
-use crate::image::{ImageKind, PageRange, PagesWriter, VmaStatus};
+use crate::image::{ImageKind, PageCounts, PageRange, PagesWriter, VmaStatus};
 use crate::kernel::mem::ProcessMemory;
 use crate::kernel::pagemap::{PageKind, PageMap, Query, Region};
 use crate::kernel::survey::{PAGE, VmFlags, Vma};
@@ -15,6 +15,7 @@ use crate::observer::Observer;
 use super::super::ObjectError;
 use super::super::file::Capture;
 use super::area::is_private;
+use super::history::Place;
 
 /// I/O vectors that one call takes: IOV_MAX.
 pub(super) const IOVECS: usize = 1024;
@@ -29,6 +30,17 @@ pub struct Pages {
     pub scanned: u64,
     /// Pages written.
     pub written: u64,
+    /// Pages left in the parent image.
+    pub in_parent: u64,
+}
+
+impl Pages {
+    /// Adds those of another part.
+    pub fn add(&mut self, part: Pages) {
+        self.scanned += part.scanned;
+        self.written += part.written;
+        self.in_parent += part.in_parent;
+    }
 }
 
 /// About how many bytes of private memory a process has: of those in memory, the ones that are no file's.
@@ -39,12 +51,12 @@ pub fn estimate(pid: Pid) -> u64 {
 }
 
 /// Pages that hold what nothing else does: in memory or swapped out, not the file's own, not the zero page. Pages that
-/// madvise(2) guards come along and are told apart.
-const OWN_PAGES: Query = Query {
+/// madvise(2) guards come along and are told apart, and so is what was written since it was armed.
+pub const OWN_PAGES: Query = Query {
     all: PageKind::FILE.union(PageKind::PFN_ZERO),
     any: PageKind::PRESENT.union(PageKind::SWAPPED).union(PageKind::GUARD),
     inverted: PageKind::FILE.union(PageKind::PFN_ZERO),
-    report: PageKind::GUARD,
+    report: PageKind::GUARD.union(PageKind::WRITTEN).union(PageKind::WP_ALLOWED),
 };
 
 /// Writes the private memory of a process. Guarded pages are no content: they are entered in `guards`, in the way of
@@ -65,6 +77,7 @@ pub fn dump_private(
     let mut scanned = 0;
     let by_itself = can_write_itself(pid.as_raw());
     let mut copy = Copy { image, guest, memory, observer: cx.observer, waiting: Vec::new() };
+    let mut clean = cx.past.history.of(pid);
     for vma in vmas {
         if vma.special() == Some("[vdso]") {
             // With it a restore can tell whether its kernel's vDSO is the same.
@@ -84,16 +97,24 @@ pub fn dump_private(
             }
             !guarded
         });
-        if by_itself && vma.flags.contains(VmFlags::READ) && !copy.guest.stands_in(vma.start, vma.end) {
-            copy.waiting.extend(regions);
-        } else {
-            for region in regions {
-                copy.write_from_outside(region)?;
+        let inside = by_itself && vma.flags.contains(VmFlags::READ) && !copy.guest.stands_in(vma.start, vma.end);
+        for region in regions {
+            let mut parts = Vec::new();
+            clean.split(region, |part, place| parts.push((part, place)));
+            for (part, place) in parts {
+                if inside || place == Place::Parent {
+                    copy.waiting.push((part, place));
+                } else {
+                    copy.write_from_outside(part)?;
+                }
             }
         }
     }
-    let written = copy.finish()?;
-    Ok(Pages { scanned, written })
+    if cx.past.arms {
+        map.fetch_written(&mut Vec::new())?;
+    }
+    let PageCounts { present: written, in_parent } = copy.finish()?;
+    Ok(Pages { scanned, written, in_parent })
 }
 
 fn guard(region: &Region) -> VmaEntry {
@@ -124,16 +145,15 @@ struct Copy<'g, 'm> {
     guest: &'g mut Guest<'m>,
     memory: &'g ProcessMemory,
     observer: &'g dyn Observer,
-    /// What the process is to write itself, collected so that one call serves many regions.
-    waiting: Vec<Region>,
+    /// What the process is to write itself, collected so that one call serves many regions, and between that what is in
+    /// the parent already.
+    waiting: Vec<(Region, Place)>,
 }
 
 impl Copy<'_, '_> {
     /// The place for a region in the image.
     fn place(&mut self, start: u64, len: u64) -> Result<u64, ObjectError> {
-        let range = PageRange::new(start, start + len)
-            .ok_or_else(|| ObjectError::contradiction(format!("pages {start:#x}, {len} bytes")))?;
-        Ok(self.image.append(range)?)
+        Ok(self.image.append(range(start, len)?)?)
     }
 
     /// Writes what the process cannot read, or must not show as it is: the agent stands in it just now.
@@ -158,10 +178,15 @@ impl Copy<'_, '_> {
     fn write_from_inside(&mut self) -> Result<(), ObjectError> {
         let mut vector: Vec<(u64, u64)> = Vec::new();
         let mut bytes = 0;
-        for region in std::mem::take(&mut self.waiting) {
+        for (region, place) in std::mem::take(&mut self.waiting) {
+            if place == Place::Parent {
+                self.image.in_parent(range(region.start, region.end - region.start)?)?;
+                continue;
+            }
             let mut start = region.start;
             while start < region.end {
                 let len = (region.end - start).min(CALL_BYTES - bytes);
+                self.place(start, len)?;
                 vector.push((start, len));
                 bytes += len;
                 start += len;
@@ -175,11 +200,9 @@ impl Copy<'_, '_> {
         if vector.is_empty() { Ok(()) } else { self.write_vector(&vector, bytes) }
     }
 
+    /// Has the process write what was given its place last.
     fn write_vector(&mut self, vector: &[(u64, u64)], bytes: u64) -> Result<(), ObjectError> {
-        let offset = self.image.end();
-        for &(start, len) in vector {
-            self.place(start, len)?;
-        }
+        let offset = self.image.end() - bytes;
         let fd = self.guest.lend(self.image.pages())?;
         let mut batch = Batch::new();
         let iov: Vec<u8> = vector.iter().flat_map(|(start, len)| [*start, *len]).flat_map(u64::to_le_bytes).collect();
@@ -200,8 +223,13 @@ impl Copy<'_, '_> {
         }
     }
 
-    fn finish(mut self) -> Result<u64, ObjectError> {
+    fn finish(mut self) -> Result<PageCounts, ObjectError> {
         self.write_from_inside()?;
-        Ok(self.image.finish()?.present)
+        Ok(self.image.finish()?)
     }
+}
+
+fn range(start: u64, len: u64) -> Result<PageRange, ObjectError> {
+    PageRange::new(start, start + len)
+        .ok_or_else(|| ObjectError::contradiction(format!("pages {start:#x}, {len} bytes")))
 }

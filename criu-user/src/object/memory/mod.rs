@@ -8,12 +8,14 @@ mod area;
 mod dump;
 mod facts;
 mod fill;
+mod history;
 mod inherit;
 mod plan;
 mod vdso;
 
-pub use area::areas;
-pub use dump::{Pages, dump_private, estimate};
+pub use area::{areas, is_private};
+pub use dump::{OWN_PAGES, Pages, dump_private, estimate};
 pub use facts::plan_facts;
 pub use fill::OpenImage;
+pub use history::{Clean, History, Past, Place};
 pub use plan::plan;

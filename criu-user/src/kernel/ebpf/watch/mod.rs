@@ -8,11 +8,14 @@
 //! which generations can be believed and what it costs: docs/tracking.md.
 
 mod calls;
+mod cgroups;
+mod connections;
 mod counts;
 mod events;
 mod plain;
 mod programs;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
@@ -21,10 +24,11 @@ use aya::maps::{Array, HashMap, MapData, PerCpuArray, PerCpuHashMap, RingBuf};
 use aya::programs::Iter;
 use aya::{Btf, Ebpf};
 pub use criu_common::watch::Kind;
-use criu_common::watch::{BlockKey, Faults, Followed, Loss, MOST_PROCESSES, Order, Process};
+use criu_common::watch::{BlockKey, Faults, Followed, Group, Loss, MOST_PROCESSES, Order, Process, Socket};
 use nix::unistd::Pid;
 use tokio::io::unix::AsyncFd;
 
+pub use connections::Connection;
 pub use counts::{BlockFaults, FaultTotals, Generations, Lost, Tracked};
 pub use events::{Call, Event, What};
 use plain::{Plain, read};
@@ -48,11 +52,12 @@ pub struct Watch {
     readiness: Option<AsyncFd<OwnedFd>>,
     processes: HashMap<MapData, u32, Plain<Process>>,
     faults: PerCpuHashMap<MapData, Plain<BlockKey>, Plain<Faults>>,
+    groups: HashMap<MapData, Plain<Group>, u32>,
     order: Array<MapData, u32>,
     lost: PerCpuArray<MapData, u64>,
     undecoded: u64,
     /// How often [`Self::ask`] has begun to look at system calls.
-    session: u32,
+    session: u64,
 }
 
 impl std::fmt::Debug for Watch {
@@ -75,6 +80,7 @@ impl Watch {
         let ring = take("RECORDS")?.try_into().map_err(failed("use the map", "RECORDS"))?;
         let processes = take("PROCESSES")?.try_into().map_err(failed("use the map", "PROCESSES"))?;
         let faults = take("FAULTS")?.try_into().map_err(failed("use the map", "FAULTS"))?;
+        let groups = take("GROUPS")?.try_into().map_err(failed("use the map", "GROUPS"))?;
         let order = take("ORDER")?.try_into().map_err(failed("use the map", "ORDER"))?;
         let lost = take("LOST")?.try_into().map_err(failed("use the map", "LOST"))?;
         let mut watch = Self {
@@ -86,6 +92,7 @@ impl Watch {
             readiness: None,
             processes,
             faults,
+            groups,
             order,
             lost,
             undecoded: 0,
@@ -181,8 +188,13 @@ impl Watch {
     /// Has the iterator look at one process; `None` if there is no such process.
     fn run(&mut self, pid: Pid, order: Order) -> EbpfResult<Option<Followed>> {
         self.order.set(0, order as u32, 0).map_err(failed("write the map", "ORDER"))?;
-        let iterator: &mut Iter = programs::program(&mut self.object, programs::FOLLOW)?;
-        let fd = iterator.fd().map_err(failed("use", programs::FOLLOW))?;
+        Ok(self.iterate(programs::FOLLOW, pid)?.and_then(|bytes| read(&bytes)))
+    }
+
+    /// What an iterator writes about one process; `None` if there is no such process.
+    fn iterate(&mut self, program: &'static str, pid: Pid) -> EbpfResult<Option<Vec<u8>>> {
+        let iterator: &mut Iter = programs::program(&mut self.object, program)?;
+        let fd = iterator.fd().map_err(failed("use", program))?;
         let output = match bpf::iterate(fd.as_fd(), pid.as_raw() as u32) {
             Err((_, e)) if [Some(libc::ESRCH), Some(libc::ENOENT)].contains(&e.raw_os_error()) => return Ok(None),
             other => {
@@ -190,9 +202,9 @@ impl Watch {
             }
         };
         let mut bytes = Vec::new();
-        let failed = |source| EbpfError::Read { program: programs::FOLLOW, pid: pid.as_raw(), source };
+        let failed = |source| EbpfError::Read { program, pid: pid.as_raw(), source };
         File::from(output).read_to_end(&mut bytes).map_err(failed)?;
-        Ok(read(&bytes))
+        Ok(Some(bytes))
     }
 
     /// The tracked set, from the kernel.
@@ -224,11 +236,20 @@ impl Watch {
     }
 
     /// How often each kind of state of a process was touched; `None` if it is not followed, or nobody looks at system calls.
-    pub fn generations(&self, pid: Pid) -> EbpfResult<Option<Generations>> {
-        if !self.questions.contains(Questions::SYSCALLS | Questions::LIFECYCLE) {
+    pub fn generations(&mut self, pid: Pid) -> EbpfResult<Option<Generations>> {
+        let needed = Questions::SYSCALLS | Questions::LIFECYCLE;
+        if !self.questions.contains(needed) {
             return Ok(None);
         }
-        Ok(self.find(pid)?.map(|(_, process)| Generations::new(&process, self.session)))
+        // A call whose return was passed over may have touched anything.
+        let missed: u64 = self.misses(needed)?;
+        Ok(self.find(pid)?.map(|(_, process)| Generations::new(&process, self.session + missed)))
+    }
+
+    /// How often programs of these questions were passed over.
+    fn misses(&mut self, questions: Questions) -> EbpfResult<u64> {
+        let all = programs::misses(&mut self.object)?;
+        Ok(all.iter().filter(|(question, _)| questions.contains(*question)).map(|(_, misses)| misses).sum())
     }
 
     /// Where a process has written since it is watched and has its present program, by blocks, in order of addresses.
@@ -257,8 +278,31 @@ impl Watch {
         Ok(self.tracked()?.into_iter().map(|process| (process.pid, process.faults)).collect())
     }
 
+    /// The TCP sockets that tracked processes have open at this moment, each once. From now on changes of their states
+    /// come as events also of those that were there before; [`Questions::SOCKETS`] must be asked.
+    pub fn connections(&mut self) -> EbpfResult<Vec<Connection>> {
+        let mut by_inode = BTreeMap::new();
+        for process in self.tracked()? {
+            let Some(bytes) = self.iterate(programs::CONNECTIONS, process.pid)? else { continue };
+            for record in bytes.chunks_exact(size_of::<Socket>()) {
+                if let Some(socket) = read::<Socket>(record) {
+                    by_inode.entry(socket.inode).or_insert_with(|| Connection::new(&socket));
+                }
+            }
+        }
+        Ok(by_inode.into_values().collect())
+    }
+
+    /// Sequence number of the writers of a process's memory map: as long as it stays the same, no area was made, changed or
+    /// removed, by whomever. Odd while somebody writes. `None` where the kernel keeps none (CONFIG_PER_VMA_LOCK, since
+    /// Linux 6.13) or the process is gone. Needs no question.
+    pub fn map_sequence(&mut self, pid: Pid) -> EbpfResult<Option<u32>> {
+        Ok(self.run(pid, Order::Tell)?.map(|answer| answer.map_sequence).filter(|sequence| *sequence != 0))
+    }
+
     /// What could not be noted.
-    pub fn lost(&self) -> EbpfResult<Lost> {
+    pub fn lost(&mut self) -> EbpfResult<Lost> {
+        let missed = self.misses(Questions::all())?;
         let count = |what: Loss| -> EbpfResult<u64> {
             let by_processor = self.lost.get(&(what as u32), 0).map_err(failed("read the map", "LOST"))?;
             Ok(by_processor.iter().sum())
@@ -272,6 +316,7 @@ impl Watch {
             faults: count(Loss::Fault)?,
             connections: count(Loss::Connection)?,
             undecoded: self.undecoded,
+            missed,
         })
     }
 

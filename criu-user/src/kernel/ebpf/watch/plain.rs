@@ -19,8 +19,8 @@ macro_rules! plain {
 plain! {
     criu_common::watch::BlockKey,
     criu_common::watch::Faults,
+    criu_common::watch::Group,
     criu_common::watch::Process,
-    criu_common::watch::Socket,
     criu_common::watch::offsets::Offsets,
 }
 
@@ -31,7 +31,7 @@ macro_rules! record {
     ($($record:ident),* $(,)?) => { $(impl Record for criu_common::watch::$record {})* };
 }
 
-record! { Header, Fork, Exec, Exit, Block, Call, SocketState, Moved, Followed }
+record! { Header, Fork, Exec, Exit, Block, Call, SocketState, Moved, Followed, Socket }
 
 /// The record that these bytes begin with.
 pub fn read<T: Record>(bytes: &[u8]) -> Option<T> {

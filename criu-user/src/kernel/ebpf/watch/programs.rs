@@ -1,5 +1,7 @@
 //! The object with the watching programs: what belongs to which question, and loading it with aya.
 
+use std::os::fd::AsFd;
+
 use aya::programs::{BtfTracePoint, Iter};
 use aya::{Btf, Ebpf, EbpfLoader};
 use aya_obj::btf::BtfKind;
@@ -7,7 +9,7 @@ use criu_common::watch::offsets::{Offsets, SOURCES};
 
 use super::calls;
 use super::plain::Plain;
-use crate::kernel::ebpf::{EbpfError, EbpfResult, btf};
+use crate::kernel::ebpf::{EbpfError, EbpfResult, bpf, btf};
 
 /// The compiled programs; none where the toolchain was missing.
 #[cfg(ebpf_programs)]
@@ -31,6 +33,10 @@ bitflags::bitflags! {
         const MEMORY = 2;
         /// Which kinds of state are touched.
         const SYSCALLS = 4;
+        /// How connections move.
+        const SOCKETS = 8;
+        /// Who is put into a control group. [`super::Watch::follow_cgroup`] asks it by itself.
+        const CGROUPS = 16;
     }
 }
 
@@ -56,13 +62,19 @@ pub const TABLE: &[Entry] = &[
     entry(Questions::LIFECYCLE, "watch_fork", "sched_process_fork", true),
     entry(Questions::LIFECYCLE, "watch_exec", "sched_process_exec", true),
     entry(Questions::LIFECYCLE, "watch_exit", "sched_process_exit", true),
+    entry(Questions::CGROUPS, "watch_attach", "cgroup_attach_task", true),
     entry(Questions::MEMORY, "watch_fault_user", "page_fault_user", true),
     entry(Questions::MEMORY, "watch_fault_kernel", "page_fault_kernel", true),
     entry(Questions::SYSCALLS, "watch_sys_exit", "sys_exit", true),
+    entry(Questions::SOCKETS, "watch_socket_state", "inet_sock_set_state", true),
+    entry(Questions::SOCKETS, "watch_socket_end", "tcp_destroy_sock", true),
 ];
 
 /// The iterator that keeps the set by hand.
 pub const FOLLOW: &str = "watch_follow";
+
+/// The iterator over the TCP sockets of a process.
+pub const CONNECTIONS: &str = "watch_sockets";
 
 /// What aya says, as an error of ours.
 pub fn failed<E: Into<aya::EbpfError>>(doing: &'static str, on: impl Into<String>) -> impl FnOnce(E) -> EbpfError {
@@ -116,10 +128,16 @@ pub fn attach(object: &mut Ebpf, kernel: &Btf, questions: Questions) -> EbpfResu
         }
         program.attach().map_err(failed("attach", entry.program))?;
     }
+    if questions.contains(Questions::SOCKETS) {
+        let iterator: &mut Iter = program(object, CONNECTIONS)?;
+        if iterator.fd().is_err() {
+            iterator.load("task_file", kernel).map_err(failed("load", CONNECTIONS))?;
+        }
+    }
     Ok(missing)
 }
 
-/// Takes the programs of these questions away again.
+/// Takes the programs of these questions away again. Iterators stay: nothing runs them.
 pub fn detach(object: &mut Ebpf, questions: Questions) -> EbpfResult<()> {
     for entry in TABLE.iter().filter(|entry| questions.contains(entry.question)) {
         let program: &mut BtfTracePoint = program(object, entry.program)?;
@@ -129,6 +147,22 @@ pub fn detach(object: &mut Ebpf, questions: Questions) -> EbpfResult<()> {
         }
     }
     Ok(())
+}
+
+/// How often each program that is loaded was not run, because it interrupted itself on the same processor.
+pub fn misses(object: &mut Ebpf) -> EbpfResult<Vec<(Questions, u64)>> {
+    let mut found = Vec::new();
+    for entry in TABLE {
+        let program: &mut BtfTracePoint = program(object, entry.program)?;
+        let Ok(fd) = program.fd() else { continue };
+        let misses = bpf::misses(fd.as_fd()).map_err(|(command, source)| EbpfError::Call {
+            command,
+            on: entry.program.to_owned(),
+            source,
+        })?;
+        found.push((entry.question, misses));
+    }
+    Ok(found)
 }
 
 /// A program of the object, as what it is.

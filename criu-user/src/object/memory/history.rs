@@ -1,0 +1,135 @@
+//! What earlier images hold of a tree's memory and nobody has written since: it need not be read again.
+//!
+//! Made before the freeze from two things: which pages the parent image tells of, and which pages a tracking session saw
+//! written since. In the freeze the page map has the last word: a page that was written after the session's last look, or
+//! whose writes nobody tracked, is no longer clean.
+
+use std::collections::HashMap;
+
+use nix::unistd::Pid;
+
+use crate::image::{ImageDir, ImageError, PageStore};
+use crate::kernel::page_set::PageSet;
+use crate::kernel::pagemap::{PageKind, Region};
+
+/// What is known of the processes of a tree.
+#[derive(Debug, Default)]
+pub struct History {
+    clean: HashMap<i32, Vec<(u64, u64)>>,
+}
+
+impl History {
+    /// Takes what `parent` has of each process, less what was written since.
+    pub fn new(parent: &ImageDir, written: &[(Pid, PageSet)]) -> Result<Self, ImageError> {
+        let store = PageStore::open(parent)?;
+        let mut clean = HashMap::new();
+        for (pid, written) in written {
+            let map = match store.process(pid.as_raw() as u32) {
+                Ok(map) => map,
+                // It is younger than the image.
+                Err(ImageError::Missing { .. }) => continue,
+                Err(err) => return Err(err),
+            };
+            let mut pages = PageSet::default();
+            map.runs().iter().for_each(|run| pages.add(run.range.start(), run.range.end()));
+            pages.subtract(written);
+            clean.insert(pid.as_raw(), pages.ranges());
+        }
+        Ok(Self { clean })
+    }
+
+    /// Whether there is anything to build on.
+    pub fn is_empty(&self) -> bool {
+        self.clean.is_empty()
+    }
+
+    /// What is known of one process.
+    pub fn of(&self, pid: Pid) -> Clean<'_> {
+        Clean { ranges: self.clean.get(&pid.as_raw()).map_or(&[], Vec::as_slice) }
+    }
+}
+
+/// What a dump knows of the tree's memory when it begins, and what it leaves behind.
+#[derive(Debug, Default)]
+pub struct Past {
+    /// What need not be written.
+    pub history: History,
+    /// Whether pages are armed in the freeze, so that what is written from then on is found by the next image.
+    pub arms: bool,
+}
+
+/// Clean pages of one process, walked through from low addresses to high ones.
+#[derive(Debug)]
+pub struct Clean<'h> {
+    ranges: &'h [(u64, u64)],
+}
+
+/// Where the data of some pages is to be found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// Nowhere yet: it has to be written.
+    Here,
+    /// In the parent image.
+    Parent,
+}
+
+impl Clean<'_> {
+    /// Splits a run of pages, as the page map shows it, by where the data of each is. Runs come in the order of their
+    /// addresses.
+    pub fn split(&mut self, region: Region, mut part: impl FnMut(Region, Place)) {
+        let tracked = PageKind::WP_ALLOWED.bits();
+        let written = PageKind::WRITTEN.bits();
+        if region.categories & tracked == 0 || region.categories & written != 0 {
+            return part(region, Place::Here);
+        }
+        let mut at = region.start;
+        while at < region.end {
+            while self.ranges.first().is_some_and(|range| range.1 <= at) {
+                self.ranges = &self.ranges[1..];
+            }
+            let (start, end) = self.ranges.first().copied().unwrap_or((u64::MAX, u64::MAX));
+            let (until, place) = if start <= at { (end, Place::Parent) } else { (start, Place::Here) };
+            let until = until.min(region.end);
+            part(Region { start: at, end: until, ..region }, place);
+            at = until;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn split(ranges: &[(u64, u64)], regions: &[(u64, u64, PageKind)]) -> Vec<(u64, u64, Place)> {
+        let mut clean = Clean { ranges };
+        let mut parts = Vec::new();
+        for &(start, end, kind) in regions {
+            clean.split(Region { start, end, categories: kind.bits() }, |part, place| {
+                parts.push((part.start, part.end, place));
+            });
+        }
+        parts
+    }
+
+    #[test]
+    fn only_what_is_tracked_unwritten_and_known_is_in_the_parent() {
+        let clean = [(0x1000, 0x3000), (0x5000, 0x9000)];
+        let tracked = PageKind::WP_ALLOWED;
+        let written = PageKind::WP_ALLOWED | PageKind::WRITTEN;
+        let (here, parent) = (Place::Here, Place::Parent);
+        assert_eq!(
+            split(&clean, &[(0, 0x6000, tracked), (0x6000, 0x7000, written), (0x7000, 0xa000, tracked)]),
+            [
+                (0, 0x1000, here),
+                (0x1000, 0x3000, parent),
+                (0x3000, 0x5000, here),
+                (0x5000, 0x6000, parent),
+                (0x6000, 0x7000, here),
+                (0x7000, 0x9000, parent),
+                (0x9000, 0xa000, here),
+            ]
+        );
+        assert_eq!(split(&clean, &[(0x1000, 0x2000, PageKind::empty())]), [(0x1000, 0x2000, here)]);
+        assert_eq!(split(&[], &[(0x1000, 0x2000, tracked)]), [(0x1000, 0x2000, here)]);
+    }
+}

@@ -1,0 +1,198 @@
+//! The memory of one process: which pages were written since the last image.
+//!
+//! A *look* finds the pages written since the look before, and protects them again in the same step, while the process
+//! runs. What looks have found is kept in a set until an image takes it. Pages of areas that are not registered yet (new
+//! ones, ones that were moved, all after execve(2)) are in no look, and whoever reads the page map at the end sees that
+//! they cannot be trusted; the next look registers them, and counts all that is in them as written.
+
+use std::time::{Duration, Instant};
+
+use nix::unistd::Pid;
+
+use super::TrackError;
+use super::install::install;
+use crate::kernel::page_set::PageSet;
+use crate::kernel::pagemap::{ADDRESSES_END, PageKind, PageMap, Query, Region};
+use crate::kernel::proc::Shown;
+use crate::kernel::survey::{self, PAGE, VmFlags, Vma};
+use crate::kernel::uffd::{Registered, WriteWatch};
+
+/// Pages that hold what nothing else does and whose writes nobody tracks.
+const UNTRACKED: Query = Query {
+    all: PageKind::FILE.union(PageKind::PFN_ZERO).union(PageKind::WP_ALLOWED),
+    any: PageKind::PRESENT.union(PageKind::SWAPPED),
+    inverted: PageKind::FILE.union(PageKind::PFN_ZERO).union(PageKind::WP_ALLOWED),
+    report: PageKind::empty(),
+};
+
+/// What one look found.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Look {
+    /// Pages written since the look before.
+    pub written: u64,
+    /// Of these, pages that were also written before the look before: the working set shows in them.
+    pub again: u64,
+    /// For how long the process had to be stopped, if it had.
+    pub stopped: Duration,
+}
+
+/// The tracked memory of a process.
+#[derive(Debug)]
+pub struct Memory {
+    /// The process.
+    pub pid: Pid,
+    /// When it began, in clock ticks since boot.
+    pub start_time: u64,
+    /// Why its memory is not tracked.
+    pub untracked: Option<String>,
+    watch: Option<WriteWatch>,
+    /// Written since the last image.
+    written: PageSet,
+    /// Handed over for an image that is not complete yet.
+    pending: Option<PageSet>,
+    /// Written in the last look.
+    latest: PageSet,
+    /// How many regions the last page map walk gave; room for the next.
+    regions: Vec<Region>,
+}
+
+impl Memory {
+    /// Begins with a process of which nothing is known yet.
+    pub fn new(pid: Pid, start_time: u64) -> Self {
+        Self {
+            pid,
+            start_time,
+            untracked: None,
+            watch: None,
+            written: PageSet::default(),
+            pending: None,
+            latest: PageSet::default(),
+            regions: Vec::new(),
+        }
+    }
+
+    /// Looks once. Nothing is found in a process that has ended.
+    pub fn look(&mut self) -> Result<Look, TrackError> {
+        let mut look = Look::default();
+        let Some(shown) = Shown::find(self.pid) else { return Ok(look) };
+        let mut latest = PageSet::default();
+        let mut map = PageMap::open(shown.by)?;
+        // A process that has called execve(2) since has a memory that the watch knows nothing of.
+        for _ in 0..2 {
+            if self.watch.is_none() {
+                if let Some(why) = own_userfaultfd(shown.by) {
+                    self.untracked = Some(why);
+                    return Ok(look);
+                }
+                let begin = Instant::now();
+                match install(self.pid) {
+                    Ok(Some((watch, stopped))) => {
+                        look.stopped += stopped;
+                        tracing::debug!(pid = self.pid.as_raw(), ?stopped, took = ?begin.elapsed(), "its writes are watched");
+                        self.watch = Some(watch);
+                        self.untracked = None;
+                    }
+                    Ok(None) => return Ok(look),
+                    Err(err) => {
+                        self.untracked = Some(err.to_string());
+                        return Err(err);
+                    }
+                }
+                map = PageMap::open(shown.by)?;
+            }
+            if self.register_new(shown.by, &mut map, &mut latest)? {
+                break;
+            }
+            self.watch = None;
+        }
+        self.regions.clear();
+        map.fetch_written(&mut self.regions)?;
+        latest.add_regions(&self.regions);
+        look.written = latest.len();
+        look.again = latest.common(&self.latest);
+        self.written.unite(&latest);
+        self.latest = latest;
+        Ok(look)
+    }
+
+    /// Registers areas with pages that are not tracked, and counts these as written. Tells whether the watch still has
+    /// a memory to watch.
+    fn register_new(&mut self, by: Pid, map: &mut PageMap, latest: &mut PageSet) -> Result<bool, TrackError> {
+        let Some(watch) = &self.watch else { return Ok(false) };
+        self.regions.clear();
+        map.scan(0, ADDRESSES_END, UNTRACKED, &mut self.regions)?;
+        if self.regions.is_empty() {
+            return Ok(true);
+        }
+        let areas = survey::layout_of(by)?;
+        let mut regions = self.regions.iter().peekable();
+        for area in areas.iter().filter(|area| is_tracked(area)) {
+            let mut has_pages = false;
+            while let Some(region) = regions.next_if(|region| region.start < area.end) {
+                if region.end > area.start {
+                    latest.add(region.start.max(area.start), region.end.min(area.end));
+                    has_pages = true;
+                }
+                if region.end > area.end {
+                    break;
+                }
+            }
+            if !has_pages {
+                continue;
+            }
+            match watch.register(area.start, area.end) {
+                Registered::Yes => {}
+                Registered::Gone => return Ok(false),
+                // Unmapped meanwhile, or nothing that can be watched: it goes on to count as written.
+                Registered::No(errno) => {
+                    tracing::debug!(pid = self.pid.as_raw(), start = format_args!("{:#x}", area.start), %errno, "an area is not watched");
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Takes what was written since the last image, for the next one.
+    pub fn cut(&mut self) -> PageSet {
+        let set = std::mem::take(&mut self.written);
+        self.pending = Some(set.clone());
+        set
+    }
+
+    /// The image for which a cut was taken is complete.
+    pub fn commit(&mut self) {
+        self.pending = None;
+    }
+
+    /// The image for which a cut was taken has failed: it belongs to the next one.
+    pub fn give_back(&mut self) {
+        if let Some(pending) = self.pending.take() {
+            self.written.unite(&pending);
+        }
+    }
+
+    /// Pages that the next image has to take, by what is known now.
+    pub fn written(&self) -> u64 {
+        self.written.len()
+    }
+
+    /// Bytes written in the last look.
+    pub fn latest_bytes(&self) -> u64 {
+        self.latest.len() * PAGE
+    }
+}
+
+/// Private memory, but for the kernel's own areas.
+fn is_tracked(area: &Vma) -> bool {
+    !area.flags.contains(VmFlags::SHARED)
+        && !area.special().is_some_and(|name| name == "[vdso]" || name.starts_with("[vvar") || name == "[vsyscall]")
+}
+
+/// A process that uses userfaultfd(2) itself needs its areas for itself.
+fn own_userfaultfd(by: Pid) -> Option<String> {
+    let entries = std::fs::read_dir(format!("/proc/{by}/fd")).ok()?;
+    let own = entries.flatten().find(|entry| {
+        std::fs::read_link(entry.path()).is_ok_and(|link| link.as_os_str() == "anon_inode:[userfaultfd]")
+    })?;
+    Some(format!("it uses userfaultfd(2) itself (descriptor {})", own.file_name().to_string_lossy()))
+}

@@ -1,0 +1,69 @@
+//! Tracking: what a tree of processes does before it is dumped. docs/tracking.md tells how it works and what it costs.
+//!
+//! A *session* ([`session`]) is one process that watches one tree. It knows which pages of it were written since the last
+//! image ([`memory`], [`tree`]), and tells whoever asks at its control socket ([`wire`], [`client`]).
+
+pub mod client;
+mod install;
+pub mod memory;
+pub mod report;
+pub mod session;
+pub mod tree;
+pub mod wire;
+
+use crate::agent::AgentError;
+use crate::freeze::FreezeError;
+use crate::kernel::SysError;
+use std::path::PathBuf;
+
+/// Why tracking failed. The tree goes on as if nothing had happened.
+#[derive(Debug, thiserror::Error)]
+pub enum TrackError {
+    /// No such process.
+    #[error("there is no process {pid} to track; see that the number is right and that it has not ended")]
+    NoProcess {
+        /// What was asked for.
+        pid: i32,
+    },
+    /// A process could not be stopped for a moment.
+    #[error(transparent)]
+    Freeze(#[from] FreezeError),
+    /// The agent could not be brought in.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// A call failed.
+    #[error(transparent)]
+    Sys(#[from] SysError),
+    /// The control socket cannot be made or reached.
+    #[error("the control socket {path}: {source}", path = path.display())]
+    Socket {
+        /// Where it is.
+        path: PathBuf,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// Nobody tracks this tree.
+    #[error("process {pid} is not tracked; `criu-ebpf track {pid} -d` starts that, and `track --list` shows who is")]
+    NoSession {
+        /// The root of the tree.
+        pid: i32,
+    },
+    /// The other side does not keep to the protocol: another version, mostly.
+    #[error(
+        "the session of process {pid} does not answer as expected ({what}); end it with `criu-ebpf track --stop {pid}` and start it again"
+    )]
+    Protocol {
+        /// The root of the tree.
+        pid: i32,
+        /// What is wrong.
+        what: String,
+    },
+    /// The session was started and ended at once.
+    #[error("the session of process {pid} did not start: {what}")]
+    NotStarted {
+        /// The root of the tree.
+        pid: i32,
+        /// What it said.
+        what: String,
+    },
+}

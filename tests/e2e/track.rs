@@ -1,0 +1,179 @@
+//! Tracking of memory: pre-dumps of a program that writes its memory in every way, and a dump that builds on them.
+//!
+//! The program is stopped (SIGSTOP) before the last dump, and every byte of it taken down; what a restore brings back is
+//! compared with that. `E2E_CYCLES` says how many times (once if it does not).
+
+use std::{path::PathBuf, time::Duration};
+
+use e2e::{Bytes, Engine, Look, Options, Program, Row, Workload, bytes::signal, rows};
+use nix::sys::signal::Signal;
+
+use crate::killed::Moments;
+
+fn cycles() -> u32 {
+    std::env::var("E2E_CYCLES").map_or(1, |text| text.parse().expect("E2E_CYCLES is a number"))
+}
+
+/// The kernel writes into a registered area of restartable sequences whenever it pleases.
+fn writes(case: &str) -> Workload {
+    Workload::new("writes.c", case).env("GLIBC_TUNABLES", "glibc.pthread.rseq=0")
+}
+
+/// Pre-dumps as many times, and gives the last images.
+fn pre_dumps(row: &Row, program: &Program, times: u32, moments: &mut Moments) -> PathBuf {
+    let mut parent: Option<PathBuf> = None;
+    for _ in 0..times {
+        let images = row.next_images(program);
+        row.dumper.pre_dump(program, &images, parent.as_deref()).expect_success();
+        std::thread::sleep(moments.within(Duration::from_millis(150)));
+        parent = Some(images);
+    }
+    parent.expect("at least one pre-dump")
+}
+
+fn on(parent: &std::path::Path) -> Options {
+    Options { dump: vec!["--track-mem".into(), "--prev-images-dir".into(), parent.into()], ..Options::default() }
+}
+
+/// How many pages of a dump are in its parent, by its log.
+fn in_parent(images: &std::path::Path) -> u64 {
+    let log = std::fs::read_to_string(images.join("dump.log")).expect("a log");
+    let line = log.lines().find(|line| line.contains("dump finished")).expect("a finished dump");
+    let number = line.split("in_parent=").nth(1).and_then(|rest| rest.split_whitespace().next());
+    number.and_then(|number| number.parse().ok()).expect("a number of pages")
+}
+
+/// Pre-dump three times, dump, restore, compare every byte.
+fn exact(row: &Row, case: &str) {
+    let mut program = writes(case).start();
+    let mut moments = Moments::new();
+    for _ in 0..cycles() {
+        let parent = pre_dumps(row, &program, 3, &mut moments);
+        let before = Bytes::stop_and_take(&program);
+        let tree = program.tree();
+        let images = parent.with_file_name("last");
+        row.dumper.dump(&program, &images, &on(&parent)).expect_success();
+        program.expect_gone(&tree);
+        assert!(in_parent(&images) > 0, "nothing was left to the parent");
+        row.restore(&program, &images);
+        before.compare(&Bytes::take(&program));
+        signal(&program, Signal::SIGCONT);
+        for n in std::fs::read_dir(program.dir()).expect("its directory").flatten() {
+            if n.file_name().to_string_lossy().starts_with("images-") || n.file_name() == "last" {
+                std::fs::remove_dir_all(n.path()).expect("removing images");
+            }
+        }
+    }
+    program.finish();
+}
+
+macro_rules! ways {
+    ($($name:ident)*) => { rows! { $($name => |row| exact(row, stringify!($name));)* } };
+}
+
+ways! {
+    stores reading o_direct other_process proc_mem shared dontneed remap fresh protection huge_pages program_break
+    file_private memory_file merging forks pageout vmspliced everything
+}
+
+rows! {
+    /// A dump that leaves the program running is a parent as well.
+    of_a_running_program => |row| {
+        let mut program = writes("everything").start();
+        let first = row.next_images(&program);
+        row.dumper.dump(&program, &first, &Options::dump(&["--track-mem", "-R"])).expect_success();
+        std::thread::sleep(Duration::from_millis(100));
+        let second = row.next_images(&program);
+        let mut options = on(&first);
+        options.dump.push("-R".into());
+        row.dumper.dump(&program, &second, &options).expect_success();
+        assert!(in_parent(&second) > 0, "nothing was left to the parent");
+        std::thread::sleep(Duration::from_millis(100));
+        let before = Bytes::stop_and_take(&program);
+        let third = row.next_images(&program);
+        let tree = program.tree();
+        row.dumper.dump(&program, &third, &on(&second)).expect_success();
+        program.expect_gone(&tree);
+        row.restore(&program, &third);
+        before.compare(&Bytes::take(&program));
+        signal(&program, Signal::SIGCONT);
+        program.finish();
+    };
+
+    /// Images that were made in between leave no trail: what does not build on the last image is written whole.
+    on_another_parent => |row| {
+        let mut program = writes("stores").start();
+        let old = row.next_images(&program);
+        row.dumper.pre_dump(&program, &old, None).expect_success();
+        let new = row.next_images(&program);
+        row.dumper.pre_dump(&program, &new, None).expect_success();
+        let before = Bytes::stop_and_take(&program);
+        let images = row.next_images(&program);
+        let tree = program.tree();
+        row.dumper.dump(&program, &images, &on(&old)).expect_success();
+        program.expect_gone(&tree);
+        assert_eq!(in_parent(&images), 0, "believed a session that had gone on from another image");
+        row.restore(&program, &images);
+        before.compare(&Bytes::take(&program));
+        signal(&program, Signal::SIGCONT);
+        program.finish();
+    };
+
+    /// Room is freed in the parents, and the last images are as good as before.
+    deduplicated => |row| {
+        let mut program = writes("everything").start();
+        let mut moments = Moments::new();
+        let parent = pre_dumps(row, &program, 3, &mut moments);
+        let before = Bytes::stop_and_take(&program);
+        let images = row.next_images(&program);
+        let mut options = on(&parent);
+        options.dump.push("--auto-dedup".into());
+        let tree = program.tree();
+        row.dumper.dump(&program, &images, &options).expect_success();
+        program.expect_gone(&tree);
+        row.restore(&program, &images);
+        before.compare(&Bytes::take(&program));
+        signal(&program, Signal::SIGCONT);
+        program.finish();
+    };
+
+    /// A pre-dump leaves the program as it was, and so does the end of the session.
+    leaves_no_trace => |row| {
+        let mut program = Workload::new("threads.c", "many").start();
+        let before = Look::settled(&program);
+        let images = row.next_images(&program);
+        row.dumper.pre_dump(&program, &images, None).expect_success();
+        before.compare(&Look::at(&program));
+        let words = ["track".into(), "--stop".into(), program.pid().to_string().into()];
+        row.dumper.call(&words, &images, "track").expect_success();
+        before.compare(&Look::at(&program));
+        let words = ["track".into(), "--stop".into(), program.pid().to_string().into()];
+        row.dumper.call(&words, &images, "track").expect_refusal("is not tracked");
+        program.finish();
+    };
+
+    /// There is nothing to restore in memory alone.
+    a_pre_dump_is_no_dump => |row| {
+        let mut program = writes("stores").start();
+        let images = row.next_images(&program);
+        row.dumper.pre_dump(&program, &images, None).expect_success();
+        row.dumper.restore(&images, &Options::default()).expect_refusal("is a pre-dump");
+        program.finish();
+    };
+}
+
+/// Whoever restores a chain may be CRIU.
+#[test]
+fn chain_to_criu() {
+    let row = Row::between(Engine::Ours(e2e::Survey::Ebpf), Engine::Peer);
+    let mut program = Workload::new("memory.py", "scattered_pages").start();
+    let mut moments = Moments::new();
+    let parent = pre_dumps(&row, &program, 2, &mut moments);
+    let tree = program.tree();
+    let images = row.next_images(&program);
+    row.dumper.dump(&program, &images, &on(&parent)).expect_success();
+    program.expect_gone(&tree);
+    assert!(in_parent(&images) > 0, "nothing was left to the parent");
+    row.restore(&program, &images);
+    program.finish();
+}
