@@ -32,6 +32,12 @@ const SHARED: [Kind; 8] = [
 const BY_THREAD: [Kind; 4] = [("mnt", "mount"), ("net", "network"), ("uts", "UTS"), ("ipc", "IPC")];
 const ADVICE: &str = "run criu-ebpf inside of it (nsenter), where it sees what the process sees";
 
+/// Names of the namespaces of a process, frozen or not, that are not the engine's.
+pub fn foreign_to_engine(pid: Pid) -> SysResult<Vec<String>> {
+    let here = Namespaces::of("self")?;
+    foreign_namespaces(&Namespaces::of(pid)?, &SHARED.map(|(file, _)| here.get(file)))
+}
+
 /// Enters refusals for all that is otherwise.
 pub fn refuse(cx: &mut Capture<'_>, frozen: &Frozen) -> SysResult<()> {
     let here = Namespaces::of("self")?;
@@ -41,8 +47,7 @@ pub fn refuse(cx: &mut Capture<'_>, frozen: &Frozen) -> SysResult<()> {
         let namespaces = Namespaces::of(process.shown.by)?;
         let found = foreign_namespaces(&namespaces, &own)?;
         if !found.is_empty() {
-            let what = format!("it is in another {} namespace than criu-ebpf", found.join(", "));
-            cx.refuse(refusal(process.pid, what, ADVICE));
+            cx.refuse(refuse_namespaces(process.pid, &found));
         }
         if namespaces.get("time").ok() != clock {
             let what = "its clocks are not those of the tree's first process (time namespace)".to_owned();
@@ -57,6 +62,11 @@ pub fn refuse(cx: &mut Capture<'_>, frozen: &Frozen) -> SysResult<()> {
         }
     }
     Ok(())
+}
+
+/// The refusal of a process in namespaces of these names.
+pub fn refuse_namespaces(pid: Pid, names: &[String]) -> Refusal {
+    refusal(pid, format!("it is in another {} namespace than criu-ebpf", names.join(", ")), ADVICE)
 }
 
 fn refusal(pid: Pid, what: String, advice: &str) -> Refusal {
