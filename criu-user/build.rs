@@ -29,9 +29,9 @@ fn messages() -> Result<(), Box<dyn Error>> {
 
     let mut config = prost_build::Config::new();
     config.type_attribute(".", "#[derive(serde::Serialize)]");
-    // Every description has room for every type of file; the large and rare ones would make all of them large.
-    for rare in ["psk", "nlsk", "bpf"] {
-        config.boxed(format!(".criu.file_entry.{rare}"));
+    // Every description has room for every type of file; the large ones would make all of them large.
+    for large in ["psk", "nlsk", "bpf", "isk", "usk"] {
+        config.boxed(format!(".criu.file_entry.{large}"));
     }
     config.compile_fds(protox::compile(&files, [&dir])?)?;
     Ok(())

@@ -407,7 +407,8 @@ impl Opened {
     /// Closes all but these.
     pub fn keep_only(&mut self, kept: &[FileRef]) {
         let kept: std::collections::HashSet<usize> = kept.iter().map(|file| file.0).collect();
-        self.files.iter_mut().enumerate().filter(|(n, _)| !kept.contains(n)).for_each(|(_, file)| *file = None);
+        let closed = self.files.iter_mut().enumerate().filter(|(n, _)| !kept.contains(n));
+        crate::kernel::fd::close_all(closed.filter_map(|(_, file)| file.take()).collect());
     }
 
     /// How many there are.

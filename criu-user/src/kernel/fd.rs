@@ -1,7 +1,7 @@
 //! What can be asked of a descriptor that we hold.
 
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use nix::errno::Errno;
 
@@ -114,11 +114,28 @@ pub fn set_flags(fd: impl AsFd, flags: i32) -> SysResult<()> {
     fcntl(fd.as_fd(), libc::F_SETFL, flags as u64, "fcntl(F_SETFL)").map(drop)
 }
 
+/// Sets the status flags of a description that was just made without any: mostly there is nothing to do.
+pub fn set_flags_of_new(fd: impl AsFd, flags: i32) -> SysResult<()> {
+    /// What F_SETFL changes: SETFL_MASK of fs/fcntl.c.
+    const CHANGEABLE: i32 = libc::O_APPEND | libc::O_NONBLOCK | libc::O_ASYNC | libc::O_DIRECT | libc::O_NOATIME;
+    if flags & CHANGEABLE == 0 { Ok(()) } else { set_flags(fd, flags) }
+}
+
 /// A duplicate with a number of at least `lowest`, closed on exec: F_DUPFD_CLOEXEC.
 pub fn duplicate_above(fd: impl AsFd, lowest: i32) -> SysResult<OwnedFd> {
     let new = fcntl(fd.as_fd(), libc::F_DUPFD_CLOEXEC, lowest as u64, "fcntl(F_DUPFD_CLOEXEC)")?;
     // SAFETY: a new descriptor that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(new) })
+}
+
+/// Closes descriptors, neighbours at once: close_range(2).
+pub fn close_all(files: Vec<OwnedFd>) {
+    let mut numbers: Vec<u32> = files.into_iter().map(|file| file.into_raw_fd() as u32).collect();
+    numbers.sort_unstable();
+    for run in numbers.chunk_by(|a, b| a + 1 == *b) {
+        // SAFETY: all of these were ours and are nobody's any more. What close(2) would say no longer matters.
+        unsafe { libc::close_range(run[0], run[run.len() - 1], 0) };
+    }
 }
 
 /// Makes the number of `old` stand for the description of `new`: dup3(2).
@@ -226,4 +243,22 @@ pub fn protocol_of(path: &str) -> SysResult<String> {
     .map_err(failed)?;
     let text = value[..len as usize].split(|&byte| byte == 0).next().unwrap_or_default();
     Ok(String::from_utf8_lossy(text).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exactly_these_are_closed() {
+        let null = || File::open("/dev/null").expect("/dev/null");
+        let base = 700;
+        let at = |n: i32| duplicate_above(null(), base + n).expect("a duplicate");
+        let (all, kept): (Vec<_>, Vec<_>) = (0..20).map(at).partition(|fd| fd.as_raw_fd() % 5 != 0);
+        let numbers: Vec<i32> = all.iter().map(AsRawFd::as_raw_fd).collect();
+        close_all(all);
+        let is_open = |number: i32| std::path::Path::new(&format!("/proc/self/fd/{number}")).exists();
+        assert!(numbers.iter().all(|&number| !is_open(number)));
+        assert!(kept.iter().all(|fd| is_open(fd.as_raw_fd())));
+    }
 }

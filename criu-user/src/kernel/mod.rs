@@ -30,6 +30,7 @@ pub mod root;
 pub mod sched;
 pub mod scratch;
 pub mod seccomp_bpf;
+mod sock_diag;
 pub mod socket;
 pub mod survey;
 pub mod surveyor;

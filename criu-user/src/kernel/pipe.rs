@@ -5,7 +5,7 @@
 //! reference to all buffers; splice(2) moves whole buffers between pipes with all their properties.
 
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, SpliceFFlags, splice, tee};
@@ -66,17 +66,39 @@ pub fn content(read_end: impl AsFd) -> SysResult<Vec<Piece>> {
 
 /// Puts content into a pipe, every piece into a buffer of its own as it was.
 pub fn fill(write_end: impl AsFd, pieces: &[Piece]) -> SysResult<()> {
-    let plain = pair(OFlag::empty(), 0)?;
-    let packets = pair(OFlag::O_DIRECT, 0)?;
-    for piece in pieces {
-        let (out, way_in) = if piece.packet { &packets } else { &plain };
+    let write_end = write_end.as_fd();
+    let mut ways = None;
+    for (n, piece) in pieces.iter().enumerate() {
+        // What is written goes into the last buffer if there is room in it, unless that is a packet.
+        if !piece.packet && pieces[..n].last().is_none_or(|before| before.packet) {
+            write_all(write_end, &piece.bytes)?;
+            continue;
+        }
+        let (plain, packets) = match &ways {
+            Some(ways) => ways,
+            None => ways.insert((pair(OFlag::empty(), 0)?, pair(OFlag::O_DIRECT, 0)?)),
+        };
+        let (out, way_in) = if piece.packet { packets } else { plain };
         // More than a way in holds may come from images without pieces.
         for part in piece.bytes.chunks(PAGE as usize) {
             let mut way_in = way_in;
             way_in.write_all(part).during("write", "a pipe's content")?;
-            if !move_buffers(out, write_end.as_fd())? {
+            if !move_buffers(out, write_end)? {
                 return Err(super::SysError::new("splice", "a pipe's content", Errno::ENOSPC));
             }
+        }
+    }
+    Ok(())
+}
+
+fn write_all(write_end: BorrowedFd<'_>, mut bytes: &[u8]) -> SysResult<()> {
+    while !bytes.is_empty() {
+        match nix::unistd::write(write_end, bytes) {
+            Ok(0) | Err(Errno::EAGAIN) => {
+                return Err(super::SysError::new("write", "a pipe's content", Errno::ENOSPC));
+            }
+            Ok(written) => bytes = &bytes[written..],
+            Err(errno) => return Err(super::SysError::new("write", "a pipe's content", errno)),
         }
     }
     Ok(())
@@ -91,11 +113,11 @@ fn move_buffers(from: impl AsFd, to: impl AsFd) -> SysResult<bool> {
     }
 }
 
-/// Makes a pipe of a capacity in bytes with this content, held by one descriptor that both reads and writes.
-pub fn make(capacity: Option<u32>, pieces: &[Piece]) -> SysResult<OwnedFd> {
+/// Makes a pipe of a capacity in bytes with this content: its ends for reading and writing, neither of which waits.
+pub fn make(capacity: Option<u32>, pieces: &[Piece]) -> SysResult<(OwnedFd, OwnedFd)> {
     let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).during("pipe2", "a pipe to restore")?;
     prepare(&write, capacity, pieces)?;
-    fd::reopen(&read, libc::O_RDWR | libc::O_NONBLOCK)
+    Ok((read, write))
 }
 
 /// Gives a pipe its capacity and content. It is made larger if its pieces would not fit.
@@ -127,8 +149,27 @@ mod tests {
         assert_eq!(shape, [(1, true), (6, true), (3000, false), (3000, false)]);
         assert_eq!(sys::readable_bytes(read.as_fd()).expect("FIONREAD"), 6007);
 
-        let again = make(Some(8 << 12), &seen).expect("a pipe");
+        let (again, _) = make(Some(8 << 12), &seen).expect("a pipe");
         assert_eq!(fd::pipe_size(&again).expect("size"), 8 << 12);
         assert_eq!(content(&again).expect("content"), seen);
+    }
+
+    #[test]
+    fn pieces_stay_apart_however_they_follow_each_other() {
+        let piece = |len: usize, packet| Piece { bytes: (0..len).map(|n| n as u8).collect(), packet };
+        let all =
+            [piece(3, false), piece(5, false), piece(7, true), piece(11, false), piece(13, false), piece(17, true)];
+        for from in 0..all.len() {
+            let (read, _) = make(None, &all[from..]).expect("a pipe");
+            assert_eq!(content(&read).expect("content"), all[from..]);
+        }
+    }
+
+    #[test]
+    fn content_without_pieces_may_be_long() {
+        let whole = Piece { bytes: (0..40_000).map(|n| n as u8).collect(), packet: false };
+        let (read, _) = make(None, std::slice::from_ref(&whole)).expect("a pipe");
+        let bytes: Vec<u8> = content(&read).expect("content").into_iter().flat_map(|piece| piece.bytes).collect();
+        assert!(bytes == whole.bytes);
     }
 }

@@ -5,9 +5,12 @@
 //! over a reused buffer. proc(5) describes the files.
 
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 
 use super::error::During;
@@ -241,6 +244,29 @@ impl KeyValues {
     /// The value of `key` in base `radix`.
     pub fn number(&self, key: &str, radix: u32) -> SysResult<u64> {
         self.get(key).and_then(|v| u64::from_str_radix(v, radix).ok()).ok_or_else(|| malformed(&self.path))
+    }
+}
+
+/// A directory of links, such as `/proc/PID/ns`, to read several of them.
+#[derive(Debug)]
+pub struct LinkDir {
+    dir: OwnedFd,
+    path: String,
+}
+
+impl LinkDir {
+    /// Opens it.
+    pub fn open(path: String) -> SysResult<Self> {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let dir = nix::fcntl::open(path.as_str(), flags, Mode::empty()).during("open", &path)?;
+        Ok(Self { dir, path })
+    }
+
+    /// Where a link of it leads.
+    pub fn link(&self, name: &str) -> SysResult<PathBuf> {
+        let target = nix::fcntl::readlinkat(&self.dir, name)
+            .map_err(|e| SysError::new("readlink", format!("{}/{name}", self.path), e))?;
+        Ok(target.into())
     }
 }
 

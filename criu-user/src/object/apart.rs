@@ -2,6 +2,7 @@
 //! all live in the engine's namespaces (clocks excepted), each process has an address space, descriptors, directories
 //! and signal actions of its own, and its threads share them. A tree that is otherwise is refused.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 
 use nix::unistd::Pid;
@@ -10,7 +11,7 @@ use super::Refusal;
 use super::file::Capture;
 use crate::freeze::{Frozen, FrozenProcess};
 use crate::kernel::SysResult;
-use crate::kernel::proc::{self, Shown};
+use crate::kernel::proc::{LinkDir, Shown};
 use crate::kernel::sys::{Compare, kcmp};
 
 /// A kind of namespace: its file in /proc/PID/ns, its name for readers.
@@ -33,27 +34,31 @@ const ADVICE: &str = "run criu-ebpf inside of it (nsenter), where it sees what t
 
 /// Names of the namespaces of a process, frozen or not, that are not the engine's.
 pub fn foreign_to_engine(pid: Pid) -> SysResult<Vec<String>> {
-    foreign_namespaces(pid, &SHARED.map(|(file, _)| namespace("self", file)))
+    let here = Namespaces::of("self")?;
+    foreign_namespaces(&Namespaces::of(pid)?, &SHARED.map(|(file, _)| here.get(file)))
 }
 
 /// Enters refusals for all that is otherwise.
 pub fn refuse(cx: &mut Capture<'_>, frozen: &Frozen) -> SysResult<()> {
-    let own = SHARED.map(|(file, _)| namespace("self", file));
-    let clock = namespace(&frozen.processes[0].shown.by.to_string(), "time").ok();
+    let here = Namespaces::of("self")?;
+    let own = SHARED.map(|(file, _)| here.get(file));
+    let clock = Namespaces::of(frozen.processes[0].shown.by)?.get("time").ok();
     for process in frozen.alive() {
-        let found = foreign_namespaces(process.shown.by, &own)?;
+        let namespaces = Namespaces::of(process.shown.by)?;
+        let found = foreign_namespaces(&namespaces, &own)?;
         if !found.is_empty() {
             cx.refuse(refuse_namespaces(process.pid, &found));
         }
-        if namespace(&process.shown.by.to_string(), "time").ok() != clock {
+        if namespaces.get("time").ok() != clock {
             let what = "its clocks are not those of the tree's first process (time namespace)".to_owned();
             cx.refuse(refusal(process.pid, what, "dump that part of the tree by itself"));
         }
         refuse_threads(cx, process)?;
     }
+    let alive: HashMap<Pid, Shown> = frozen.alive().map(|process| (process.pid, process.shown)).collect();
     for process in frozen.alive() {
-        if let Some(parent) = frozen.alive().find(|other| other.pid == process.stat.ppid) {
-            refuse_shared(cx, parent.shown, process.shown)?;
+        if let Some(&parent) = alive.get(&process.stat.ppid) {
+            refuse_shared(cx, parent, process.shown)?;
         }
     }
     Ok(())
@@ -68,18 +73,25 @@ fn refusal(pid: Pid, what: String, advice: &str) -> Refusal {
     Refusal { pid: pid.as_raw(), fd: None, what, advice: advice.to_owned() }
 }
 
-/// `kind:[number]`. A kernel without a kind of namespace has one for all.
-fn namespace(of: &str, kind: &str) -> SysResult<PathBuf> {
-    proc::link(&format!("/proc/{of}/ns/{kind}"))
+/// The namespaces of a task, each as `kind:[number]`. A kernel without a kind of namespace has one for all.
+struct Namespaces(LinkDir);
+
+impl Namespaces {
+    fn of(task: impl std::fmt::Display) -> SysResult<Self> {
+        LinkDir::open(format!("/proc/{task}/ns")).map(Self)
+    }
+
+    fn get(&self, kind: &str) -> SysResult<PathBuf> {
+        self.0.link(kind)
+    }
 }
 
-fn foreign_namespaces(pid: Pid, own: &[SysResult<PathBuf>; 8]) -> SysResult<Vec<String>> {
+fn foreign_namespaces(namespaces: &Namespaces, own: &[SysResult<PathBuf>; 8]) -> SysResult<Vec<String>> {
     let mut found: Vec<String> = Vec::new();
-    let pid = pid.to_string();
     for ((file, name), own) in SHARED.iter().zip(own) {
         let Ok(own) = own else { continue };
         let name = (*name).to_owned();
-        if namespace(&pid, file)? != *own && !found.contains(&name) {
+        if namespaces.get(file)? != *own && !found.contains(&name) {
             found.push(name);
         }
     }
@@ -89,13 +101,18 @@ fn foreign_namespaces(pid: Pid, own: &[SysResult<PathBuf>; 8]) -> SysResult<Vec<
 /// Threads that have something of their own that threads mostly share.
 fn refuse_threads(cx: &mut Capture<'_>, process: &FrozenProcess) -> SysResult<()> {
     let pid = process.pid;
-    let Some(first) = process.threads.first() else { return Ok(()) };
-    let of = |tid: Pid, kind: &str| namespace(&format!("{pid}/task/{tid}"), kind);
-    let common = BY_THREAD.map(|(file, _)| of(first.tid(), file));
-    for thread in &process.threads[1..] {
+    let [first, others @ ..] = &process.threads[..] else { return Ok(()) };
+    if others.is_empty() {
+        return Ok(());
+    }
+    let of = |tid: Pid| Namespaces::of(format!("{pid}/task/{tid}"));
+    let leader = of(first.tid())?;
+    let common = BY_THREAD.map(|(file, _)| leader.get(file));
+    for thread in others {
         let tid = thread.tid();
+        let namespaces = of(tid)?;
         for ((file, name), common) in BY_THREAD.iter().zip(&common) {
-            if common.as_ref().is_ok_and(|common| of(tid, file).is_ok_and(|own| own != *common)) {
+            if common.as_ref().is_ok_and(|common| namespaces.get(file).is_ok_and(|own| own != *common)) {
                 let what = format!("its thread {tid} is in a {name} namespace of its own");
                 cx.refuse(refusal(pid, what, "let the thread end, or come back (setns)"));
             }

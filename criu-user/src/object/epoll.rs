@@ -239,7 +239,7 @@ impl Opener for OpenEpoll {
 
     fn open(&self, _: &Opened) -> Result<OwnedFd, Box<dyn std::error::Error + Send + Sync>> {
         let file = events::epoll()?;
-        kernel::fd::set_flags(&file, self.flags as i32)?;
+        kernel::fd::set_flags_of_new(&file, self.flags as i32)?;
         Ok(file)
     }
 }

@@ -55,7 +55,7 @@ impl Opener for OpenEventFd {
             // eventfd(2) itself takes only the lower half as a start.
             nix::unistd::write(&file, &self.counter.to_ne_bytes())?;
         }
-        kernel::fd::set_flags(&file, (self.flags & !events::EFD_SEMAPHORE) as i32)?;
+        kernel::fd::set_flags_of_new(&file, (self.flags & !events::EFD_SEMAPHORE) as i32)?;
         Ok(file)
     }
 }

@@ -78,7 +78,7 @@ impl FileKind for Fifo {
                 root
             }
         };
-        Ok(cx.plan.open(End { what, root, flags: name.flags }))
+        Ok(cx.plan.open(End::new(what, root, name.flags)))
     }
 }
 

@@ -70,7 +70,12 @@ impl FileKind for Inet {
                 "close it before the dump: TCP and UDP can be dumped",
             )),
         }
-        Ok(FileEntry { r#type: FdTypes::Inetsk as i32, id: entry.id, isk: Some(entry), ..FileEntry::default() })
+        Ok(FileEntry {
+            r#type: FdTypes::Inetsk as i32,
+            id: entry.id,
+            isk: Some(Box::new(entry)),
+            ..FileEntry::default()
+        })
     }
 
     fn finish(&self, cx: &mut Capture<'_>) -> Result<(), ObjectError> {
@@ -101,7 +106,7 @@ impl FileKind for Inet {
             });
         }
         let fresh = cx.shelf.get::<Kinds>().of(isk);
-        let file = cx.plan.open(Make { entry: Box::new(isk.clone()), revival: revival.clone(), fresh });
+        let file = cx.plan.open(Make { entry: isk.clone(), revival: revival.clone(), fresh });
         match revival {
             Some(revival) => revival.plan(file, cx),
             None => cx.plan.after(Stage::Groups, Reuse { file, address: isk.opts.reuseaddr(), flags: isk.flags }),

@@ -1,11 +1,13 @@
 //! Pipes: their ends, what is in them, and ends that somebody outside of the tree holds.
 //!
-//! All ends of one pipe have its inode's number in common. At restore the engine makes the pipe, fills it, and opens
-//! every end anew through /proc, so that each is a description with flags of its own. It keeps one more end, open for
-//! both directions, until just before the tree goes on.
+//! All ends of one pipe have its inode's number in common. At restore the engine makes the pipe and fills it. The two ends
+//! that it has then are the first that are needed; further ones are opened through /proc, so that each is a description
+//! with flags of its own.
 
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
+use std::rc::Rc;
 
 use nix::poll::PollFlags;
 use nix::sys::stat::SFlag;
@@ -173,7 +175,17 @@ fn cut(entry: &PipeDataEntry, bytes: Vec<u8>) -> Result<Vec<Piece>, ObjectError>
 #[derive(Debug, Default)]
 struct Planned {
     content: Option<HashMap<u32, Content>>,
-    made: HashMap<u32, FileRef>,
+    made: HashMap<u32, (FileRef, Rc<Spare>)>,
+}
+
+/// The end of a new pipe that is not the one it was made for: the first who needs such an end takes it.
+#[derive(Debug, Default)]
+struct Spare {
+    /// What it can be used for.
+    access: i32,
+    /// Whether somebody will take it. If not, it must not stay open.
+    wanted: Cell<bool>,
+    end: RefCell<Option<OwnedFd>>,
 }
 
 fn entry_of(entry: &FileEntry) -> Result<&PipeEntry, ObjectError> {
@@ -234,34 +246,47 @@ impl FileKind for Pipe {
         if planned.content.is_none() {
             planned.content = Some(read_content(cx.dir, ImageKind::PipesData)?);
         }
-        let root = match planned.made.get(&pipe.pipe_id) {
-            Some(&root) => root,
-            None => {
-                let content = planned.content.as_mut().and_then(|all| all.remove(&pipe.pipe_id)).unwrap_or_default();
-                let root = cx.plan.open(Make { id: pipe.pipe_id, content });
-                cx.shelf.get::<Planned>().made.insert(pipe.pipe_id, root);
-                root
-            }
-        };
-        Ok(cx.plan.open(End { what: name.as_str().to_owned(), root, flags: pipe.flags }))
+        if let Some((root, spare)) = planned.made.get(&pipe.pipe_id) {
+            let spare = (access(pipe.flags) == spare.access && !spare.wanted.replace(true)).then(|| Rc::clone(spare));
+            let root = *root;
+            return Ok(cx.plan.open(End { what: name.as_str().to_owned(), root, flags: pipe.flags, spare }));
+        }
+        let content = planned.content.as_mut().and_then(|all| all.remove(&pipe.pipe_id)).unwrap_or_default();
+        let other = if access(pipe.flags) == libc::O_RDONLY { libc::O_WRONLY } else { libc::O_RDONLY };
+        let spare = Rc::new(Spare { access: other, ..Spare::default() });
+        let root = cx.plan.open(Make { id: pipe.pipe_id, content, flags: pipe.flags, spare: Rc::clone(&spare) });
+        cx.shelf.get::<Planned>().made.insert(pipe.pipe_id, (root, spare));
+        Ok(root)
     }
 }
 
-/// Makes a pipe with its content.
+/// Makes a pipe with its content, for its first end.
 #[derive(Debug)]
 struct Make {
     id: u32,
     content: Content,
+    flags: u32,
+    spare: Rc<Spare>,
 }
 
 impl Opener for Make {
     fn describe(&self) -> String {
         let bytes: usize = self.content.pieces.iter().map(|p| p.bytes.len()).sum();
-        format!("make pipe:[{}] with {bytes} bytes in it", self.id)
+        format!("make pipe:[{}] with {bytes} bytes in it, an end of flags {:#o}", self.id, self.flags)
     }
 
     fn open(&self, _: &Opened) -> Result<OwnedFd, Box<dyn std::error::Error + Send + Sync>> {
-        Ok(pipe::make(self.content.capacity, &self.content.pieces)?)
+        let (read, write) = pipe::make(self.content.capacity, &self.content.pieces)?;
+        let (end, other) = match access(self.flags) {
+            libc::O_RDONLY => (read, write),
+            libc::O_WRONLY => (write, read),
+            both => (kernel::fd::reopen(&read, both | libc::O_NONBLOCK)?, read),
+        };
+        if self.spare.wanted.get() {
+            self.spare.end.replace(Some(other));
+        }
+        set_flags(&end, self.flags)?;
+        Ok(end)
     }
 }
 
@@ -274,6 +299,15 @@ pub struct End {
     pub root: FileRef,
     /// Access mode and status flags.
     pub flags: u32,
+    /// What the earlier step has left over.
+    spare: Option<Rc<Spare>>,
+}
+
+impl End {
+    /// An end of a FIFO.
+    pub fn new(what: String, root: FileRef, flags: u32) -> Self {
+        Self { what, root, flags, spare: None }
+    }
 }
 
 impl Opener for End {
@@ -282,6 +316,10 @@ impl Opener for End {
     }
 
     fn open(&self, opened: &Opened) -> Result<OwnedFd, Box<dyn std::error::Error + Send + Sync>> {
+        if let Some(end) = self.spare.as_ref().and_then(|spare| spare.end.take()) {
+            set_flags(&end, self.flags)?;
+            return Ok(end);
+        }
         let root = opened.get(self.root).ok_or("it has not been made")?;
         Ok(open_end(root, self.flags)?)
     }
@@ -290,9 +328,13 @@ impl Opener for End {
 /// Opens one more end of a pipe.
 fn open_end(root: &OwnedFd, flags: u32) -> Result<OwnedFd, SysError> {
     let end = kernel::fd::reopen(root, access(flags) | libc::O_NONBLOCK)?;
-    // Packet mode is asked for at pipe2(2) or by fcntl(2), never at open(2).
-    kernel::fd::set_flags(&end, flags as i32 & (libc::O_NONBLOCK | libc::O_DIRECT | libc::O_APPEND | libc::O_NOATIME))?;
+    set_flags(&end, flags)?;
     Ok(end)
+}
+
+/// Packet mode is asked for at pipe2(2) or by fcntl(2), never at open(2).
+fn set_flags(end: &OwnedFd, flags: u32) -> Result<(), SysError> {
+    kernel::fd::set_flags(end, flags as i32 & (libc::O_NONBLOCK | libc::O_DIRECT | libc::O_APPEND | libc::O_NOATIME))
 }
 
 /// An end that the caller has given.

@@ -47,7 +47,7 @@ impl Opener for OpenSignalFd {
 
     fn open(&self, _: &Opened) -> Result<OwnedFd, Box<dyn std::error::Error + Send + Sync>> {
         let file = events::signalfd(self.mask, 0)?;
-        kernel::fd::set_flags(&file, self.flags as i32)?;
+        kernel::fd::set_flags_of_new(&file, self.flags as i32)?;
         Ok(file)
     }
 }

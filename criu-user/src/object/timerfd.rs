@@ -115,7 +115,7 @@ impl Opener for OpenTimerFd {
 
     fn open(&self, _: &Opened) -> Result<OwnedFd, Box<dyn std::error::Error + Send + Sync>> {
         let file = events::timerfd(self.clock, 0)?;
-        kernel::fd::set_flags(&file, self.flags as i32)?;
+        kernel::fd::set_flags_of_new(&file, self.flags as i32)?;
         Ok(file)
     }
 }

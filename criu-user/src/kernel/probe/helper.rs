@@ -14,13 +14,13 @@ use crate::kernel::{SysError, SysResult};
 
 /// A copy of this process that sleeps. Dropping it kills and reaps it.
 #[derive(Debug)]
-pub(super) struct Helper {
+pub(in crate::kernel) struct Helper {
     pid: Pid,
 }
 
 impl Helper {
     /// Starts one, which first does `prepare`.
-    pub(super) fn start(prepare: impl FnOnce() -> Result<(), Errno>) -> SysResult<Self> {
+    pub(in crate::kernel) fn start(prepare: impl FnOnce() -> Result<(), Errno>) -> SysResult<Self> {
         let (from, to) = pipe2(nix::fcntl::OFlag::O_CLOEXEC).during("pipe2", "a helper")?;
         // SAFETY: the engine has one thread, so the child is a whole copy; it leaves by _exit or is killed.
         match unsafe { fork() }.during("fork", "a helper")? {
@@ -46,12 +46,12 @@ impl Helper {
         }
     }
 
-    pub(super) fn pid(&self) -> Pid {
+    pub(in crate::kernel) fn pid(&self) -> Pid {
         self.pid
     }
 
     /// Starts one and stops it by ptrace, with these options. It stays a tracee until it is dropped.
-    pub(super) fn traced(options: i32, prepare: impl FnOnce() -> Result<(), Errno>) -> SysResult<Self> {
+    pub(in crate::kernel) fn traced(options: i32, prepare: impl FnOnce() -> Result<(), Errno>) -> SysResult<Self> {
         let helper = Self::start(prepare)?;
         ptrace::seize(helper.pid, options)?;
         ptrace::interrupt(helper.pid)?;

@@ -6,7 +6,7 @@
 pub mod cgroup;
 pub mod ebpf;
 pub mod files;
-mod helper;
+pub(super) mod helper;
 pub mod memory;
 pub mod mount;
 mod netlink;

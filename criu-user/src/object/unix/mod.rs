@@ -7,6 +7,7 @@
 mod build;
 pub mod queue;
 mod steps;
+mod wiring;
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::unix::ffi::OsStrExt;
@@ -111,12 +112,12 @@ impl FileKind for Unix {
     }
 
     fn wire(&self, _: &FileEntry, cx: &mut Planner<'_>) -> Result<(), ObjectError> {
-        build::wire(cx)
+        wiring::wire(cx)
     }
 }
 
 fn wrap(usk: UnixSkEntry) -> FileEntry {
-    FileEntry { r#type: FdTypes::Unixsk as i32, id: usk.id, usk: Some(usk), ..FileEntry::default() }
+    FileEntry { r#type: FdTypes::Unixsk as i32, id: usk.id, usk: Some(Box::new(usk)), ..FileEntry::default() }
 }
 
 fn all(cx: &mut Capture<'_>) -> Result<Rc<HashMap<u32, UnixSocket>>, ObjectError> {

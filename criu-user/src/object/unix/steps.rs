@@ -10,7 +10,7 @@ use std::rc::Rc;
 
 use nix::unistd::Pid;
 
-use super::super::sockopt;
+use super::super::sockopt::{self, Fresh};
 use super::{is_path, path_bytes};
 use crate::image::proto::{FilePermsEntry, SkPacketEntry, UnixSkEntry};
 use crate::kernel::error::During;
@@ -340,6 +340,9 @@ impl Deed for Fill {
     }
 
     fn run(&self, opened: &Opened) -> Result<(), Failure> {
+        // The kernel adds less than this to each, and may take twice the room for its bytes.
+        const EACH: usize = 2 << 10;
+        let room: usize = self.packets.iter().map(|(_, data, ..)| 2 * data.len() + EACH).sum();
         for (entry, data, files, sender) in &self.packets {
             let files = files.iter().map(|&f| Ok(file(opened, f)?.as_fd())).collect::<Result<Vec<_>, Failure>>()?;
             let ucred = entry.ucred.as_ref().map(|u| [u.pid, u.uid, u.gid]);
@@ -355,7 +358,12 @@ impl Deed for Fill {
             };
             // All of it must fit; what the program had set comes back with the options.
             const ROOM: i32 = 1 << 29;
-            socket::set_number(from, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, ROOM)?;
+            // A sender that is not the peer may fill other queues as well.
+            let fits = matches!(sender, Sender::Peer(_))
+                && room <= socket::number(from, libc::SOL_SOCKET, libc::SO_SNDBUF)? as usize;
+            if !fits {
+                socket::set_number(from, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, ROOM)?;
+            }
             self.send(from, data, Extra { files, sender: ucred, to: &to })?;
         }
         Ok(())
@@ -392,7 +400,9 @@ pub struct Settle {
     /// The socket.
     pub socket: FileRef,
     /// What it was.
-    pub entry: Box<UnixSkEntry>,
+    pub entry: Rc<UnixSkEntry>,
+    /// What a new one is like, unless it has something from who listened.
+    pub fresh: Option<Rc<Fresh>>,
 }
 
 impl Deed for Settle {
@@ -402,11 +412,14 @@ impl Deed for Settle {
 
     fn run(&self, opened: &Opened) -> Result<(), Failure> {
         let socket = file(opened, self.socket)?;
-        sockopt::restore(socket, &self.entry.opts)?;
+        match &self.fresh {
+            Some(fresh) => fresh.restore(socket, &self.entry.opts)?,
+            None => sockopt::restore(socket, &self.entry.opts)?,
+        }
         if let Some(how) = sockopt::shutdown_how(self.entry.shutdown()) {
             socket::shutdown(socket, how)?;
         }
-        Ok(fd::set_flags(socket, self.entry.flags as i32)?)
+        Ok(fd::set_flags_of_new(socket, self.entry.flags as i32)?)
     }
 }
 
