@@ -37,6 +37,9 @@ pub(super) struct TrackArgs {
     /// End the session that tracks this tree
     #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..), conflicts_with = "pid")]
     stop: Option<i32>,
+    /// Do without eBPF programs
+    #[arg(long)]
+    no_ebpf: bool,
     /// Be the session in the background
     #[arg(long, hide = true)]
     serve: bool,
@@ -61,7 +64,7 @@ pub(super) fn run(args: TrackArgs) -> Outcome {
     {
         return attach(client, args.json);
     }
-    let options = SessionOptions { root, interval: Duration::from_millis(args.interval) };
+    let options = SessionOptions { root, interval: Duration::from_millis(args.interval), ebpf: !args.no_ebpf };
     let failed = |source| TrackError::Socket { path: wire::socket_path(root), source };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
     runtime.block_on(async {

@@ -14,6 +14,7 @@ mod counts;
 mod events;
 mod plain;
 mod programs;
+mod trust;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -34,6 +35,7 @@ pub use events::{Call, Event, What};
 use plain::{Plain, read};
 pub use programs::Questions;
 use programs::failed;
+pub use trust::{Trust, trust};
 
 use super::bpf;
 use super::{EbpfError, EbpfResult};
@@ -104,6 +106,9 @@ impl Watch {
 
     /// Asks these questions, and no others any more. The set stays as it is; forks that happen while
     /// [`Questions::LIFECYCLE`] is not asked are not in it.
+    ///
+    /// [`Questions::SYSCALLS`] costs every call of every process on the machine some 80 ns, so it is asked only as long as
+    /// somebody uses its answers.
     pub fn ask(&mut self, questions: Questions) -> EbpfResult<()> {
         let stop = self.questions - questions;
         let begin = questions - self.questions;
@@ -331,6 +336,19 @@ impl Watch {
         }
     }
 
+    /// Becomes readable when events come, for whoever cannot hold the watch itself while he waits: it is to be cleared
+    /// *after* all was read with [`Self::try_next`].
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime with I/O enabled.
+    pub fn readiness(&self) -> EbpfResult<AsyncFd<OwnedFd>> {
+        let wait = |source| EbpfError::Wait { source };
+        let fd = self.ring.as_fd().try_clone_to_owned().map_err(wait)?;
+        // SAFETY: an owned descriptor gives the same number for as long as it lives, and closes it when dropped.
+        let readiness = unsafe { AsyncFd::register(fd) };
+        readiness.map_err(|error| wait(error.into()))
+    }
+
     /// The next event. Nothing is lost if the caller stops waiting.
     ///
     /// # Panics
@@ -342,10 +360,7 @@ impl Watch {
             }
             let wait = |source| EbpfError::Wait { source };
             if self.readiness.is_none() {
-                let fd = self.ring.as_fd().try_clone_to_owned().map_err(wait)?;
-                // SAFETY: an owned descriptor gives the same number for as long as it lives, and closes it when dropped.
-                let readiness = unsafe { AsyncFd::register(fd) };
-                self.readiness = Some(readiness.map_err(|error| wait(error.into()))?);
+                self.readiness = Some(self.readiness()?);
                 continue;
             }
             let Some(readiness) = &self.readiness else { continue };
