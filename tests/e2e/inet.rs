@@ -14,6 +14,7 @@ workload_rows! { "inet.py";
     udp6_sockets
     udp_unbound
     udp_queue
+    udp_multicast
 }
 
 rows! {

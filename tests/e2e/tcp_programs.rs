@@ -10,7 +10,11 @@ use std::{
     os::unix::{fs::PermissionsExt, process::CommandExt},
     path::Path,
     process::{Child, Command, Stdio},
-    thread::sleep,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::{JoinHandle, sleep},
     time::{Duration, Instant},
 };
 
@@ -209,7 +213,127 @@ fn nginx(row: &Row) {
     fetch(DOWNLOAD - step * cycles() as usize);
 }
 
+/// Clients that ask and are answered all the time, each in a thread of its own.
+struct Clients {
+    answered: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Clients {
+    /// `talk` is what each does over and over; it is told how often it has been done.
+    fn start(count: usize, port: u16, greet: fn(&mut Line), talk: fn(&mut Line, u64)) -> Self {
+        let (answered, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let thread = |_| {
+            let (answered, stop) = (Arc::clone(&answered), Arc::clone(&stop));
+            std::thread::spawn(move || {
+                let mut line = BufReader::new(connect(port));
+                greet(&mut line);
+                for n in 1.. {
+                    if stop.load(Ordering::SeqCst) {
+                        break;
+                    }
+                    talk(&mut line, n);
+                    answered.fetch_add(1, Ordering::SeqCst);
+                    sleep(Duration::from_millis(1));
+                }
+            })
+        };
+        let threads = (0..count).map(thread).collect();
+        let clients = Self { answered, stop, threads };
+        clients.wait_for_more(10 * count as u64);
+        clients
+    }
+
+    /// Waits until so much more was answered. No client may have given up.
+    fn wait_for_more(&self, more: u64) {
+        let (before, end) = (self.answered.load(Ordering::SeqCst), Instant::now() + Duration::from_secs(30));
+        while self.answered.load(Ordering::SeqCst) < before + more {
+            assert!(self.threads.iter().all(|thread| !thread.is_finished()), "a client has given up");
+            assert!(Instant::now() < end, "the clients are not answered any more");
+            sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Moves the program while they go on.
+    fn under_moves(self, row: &Row, program: &Program) {
+        for _ in 0..cycles() {
+            move_once(row, program);
+            self.wait_for_more(5 * self.threads.len() as u64);
+        }
+        self.stop.store(true, Ordering::SeqCst);
+        self.threads.into_iter().for_each(|thread| thread.join().expect("a client"));
+    }
+}
+
+type Line = BufReader<TcpStream>;
+
+fn tell(line: &mut Line, text: &str) {
+    line.get_mut().write_all(text.as_bytes()).expect("asking");
+}
+
+fn hear(line: &mut Line) -> String {
+    let mut text = String::new();
+    line.read_line(&mut text).expect("an answer");
+    text
+}
+
+fn port_of(program: &Program) -> u16 {
+    let end = Instant::now() + Duration::from_secs(20);
+    loop {
+        match fs::read_to_string(program.file("port")) {
+            Ok(port) => return port.parse().expect("a port"),
+            Err(error) => assert!(Instant::now() < end, "no port: {error}"),
+        }
+        sleep(Duration::from_millis(5));
+    }
+}
+
+/// Each line comes back, with its number before it.
+fn counted(line: &mut Line, n: u64) {
+    tell(line, &format!("line {n}\n"));
+    assert_eq!(hear(line), format!("{n} line {n}\n"));
+}
+
+/// A process for each connection.
+fn forking(row: &Row) {
+    let program = Workload::new("servers.py", "forking").with(Claim::Ports).start();
+    Clients::start(8, port_of(&program), |_| {}, counted).under_moves(&kept(row), &program);
+}
+
+/// A shell at a terminal for each connection: what is typed comes back, then what it is answered with.
+fn terminal(row: &Row) {
+    let workload = Workload::new("servers.py", "terminal").with(Claim::Ports).with(Claim::Terminals);
+    let program = workload.start();
+    let talk = |line: &mut Line, n: u64| {
+        tell(line, &format!("{n}\n"));
+        assert_eq!(hear(line), format!("{n}\r\n"));
+        assert_eq!(hear(line), format!("square {} of {n}\r\n", n * n));
+    };
+    Clients::start(4, port_of(&program), |_| {}, talk).under_moves(&kept(row), &program);
+}
+
+/// Upgraded connections, and others by keep-alive.
+fn node(row: &Row) {
+    let script = e2e::workload::workloads().join("live.js");
+    let words = ["/usr/bin/node", script.to_str().expect("a path"), "port"];
+    let program = Workload::program(&words).with(Claim::Ports).start();
+    let port = port_of(&program);
+    let mut asking = BufReader::new(connect(port));
+    assert_eq!(ask(&mut asking, "/"), "1 0");
+    let upgrade = |line: &mut Line| {
+        tell(line, "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: lines\r\n\r\n");
+        assert!(hear(line).contains("101"), "the connection was not upgraded");
+        while hear(line) != "\r\n" {}
+    };
+    Clients::start(20, port, upgrade, counted).under_moves(&kept(row), &program);
+    assert!(ask(&mut asking, "/").starts_with("2 "), "the connection that was there from the beginning");
+}
+
 rows! {
     redis_under_load => redis;
     nginx_with_keepalive => nginx;
+    process_for_each_client => forking;
+    terminal_for_each_client => terminal;
+    node_with_live_clients => node;
 }

@@ -1,6 +1,7 @@
 """Internet sockets that are not connected to anybody: listening TCP, and UDP. All on the loopback interface."""
 
 import socket
+import struct
 
 from lib import Child, case, check, equal, main
 
@@ -183,6 +184,66 @@ def udp6_sockets():
     data, sender = server.recvfrom(10)
     server.sendto(b"y", sender)
     equal((data, client.recv(10)), (b"x", b"y"), "datagrams")
+
+
+def to_group(source, group, port):
+    """A datagram to a group by way of the loopback interface."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind((source, 0))
+    sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
+    sock.sendto(source.encode(), (group, port))
+
+
+def heard(sock):
+    """All that waits."""
+    sock.setblocking(False)
+    found = []
+    try:
+        while True:
+            found.append(sock.recv(100).decode())
+    except BlockingIOError:
+        return found
+
+
+@case
+def udp_multicast():
+    """Memberships of groups, all sources or some, and how to send to groups."""
+    lo, ip, v6 = socket.inet_aton("127.0.0.1"), socket.IPPROTO_IP, socket.IPPROTO_IPV6
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind(("", 0))
+    port = sock.getsockname()[1]
+    block_source, join_source, only_own = 38, 39, 49
+    sock.setsockopt(ip, only_own, 0)
+    sock.setsockopt(ip, socket.IP_MULTICAST_TTL, 7)
+    sock.setsockopt(ip, socket.IP_MULTICAST_LOOP, 0)
+    sock.setsockopt(ip, socket.IP_MULTICAST_IF, lo)
+    sock.setsockopt(ip, socket.IP_ADD_MEMBERSHIP, socket.inet_aton("224.0.0.199") + lo)
+    sock.setsockopt(ip, block_source, socket.inet_aton("224.0.0.199") + lo + socket.inet_aton("127.0.0.9"))
+    sock.setsockopt(ip, join_source, socket.inet_aton("224.0.0.198") + lo + socket.inet_aton("127.0.0.7"))
+    other = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    other.bind(("::", 0))
+    other.setsockopt(v6, socket.IPV6_JOIN_GROUP, socket.inet_pton(socket.AF_INET6, "ff02::e2e") + struct.pack("i", 1))
+    other.setsockopt(v6, socket.IPV6_MULTICAST_HOPS, 9)
+    other.setsockopt(v6, socket.IPV6_MULTICAST_IF, 1)
+
+    def joined():
+        with open("/proc/net/igmp6") as file:
+            return "ff020000000000000000000000000e2e" in file.read()
+
+    def hears():
+        for source, group in (("1", "199"), ("9", "199"), ("7", "198"), ("1", "198"), ("1", "197")):
+            to_group(f"127.0.0.{source}", f"224.0.0.{group}", port)
+        return heard(sock)
+
+    expected = ["127.0.0.1", "127.0.0.7"]
+    equal((hears(), joined()), (expected, True), "what is heard before")
+    yield
+    equal((hears(), joined()), (expected, True), "what is heard after")
+    equal([sock.getsockopt(ip, name) for name in (socket.IP_MULTICAST_TTL, socket.IP_MULTICAST_LOOP, only_own)], [7, 0, 0], "options")
+    equal(sock.getsockopt(ip, socket.IP_MULTICAST_IF, 4), lo, "IP_MULTICAST_IF")
+    equal([other.getsockopt(v6, name) for name in (socket.IPV6_MULTICAST_HOPS, socket.IPV6_MULTICAST_IF)], [9, 1], "IPv6")
+    other.close()
+    equal(joined(), False, "whether the group was its own")
 
 
 @case

@@ -133,6 +133,17 @@ pub fn option(fd: impl AsFd, level: i32, option: i32, room: usize) -> SysResult<
     Ok(value)
 }
 
+/// The value of an option that is asked about something: `about` says what, and is as long as the answer may be.
+pub fn option_about(fd: impl AsFd, level: i32, option: i32, mut about: Vec<u8>) -> SysResult<Vec<u8>> {
+    let fd = fd.as_fd();
+    let mut len = about.len() as u32;
+    // SAFETY: the kernel reads and writes at most `len` bytes.
+    Errno::result(unsafe { libc::getsockopt(fd.as_raw_fd(), level, option, about.as_mut_ptr().cast(), &raw mut len) })
+        .map_err(|e| SysError::new("getsockopt", format!("{}, level {level}, option {option}", on(fd)), e))?;
+    about.truncate(len as usize);
+    Ok(about)
+}
+
 /// The value of an option that is a number (of whatever size).
 pub fn number(fd: impl AsFd, level: i32, name: i32) -> SysResult<i32> {
     let fd = fd.as_fd();

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use super::ObjectError;
 use super::file::{Capture, FileKind, Planner, Seen};
 use super::fresh::{self, Buffers, Fresh, Kinds};
+use super::multicast::{self, Groups};
 use super::sockopt::{self, state};
 use super::tcp::ends::sockaddr;
 use super::tcp::revive::Revival;
@@ -64,6 +65,8 @@ impl FileKind for Inet {
             libc::SOCK_STREAM if is_tcp(entry.proto) => capture::capture(seen, cx, &mut entry)?,
             libc::SOCK_DGRAM if [libc::IPPROTO_UDP, libc::IPPROTO_UDPLITE].contains(&(entry.proto as i32)) => {
                 udp::capture(seen, cx, &entry)?;
+                let v6 = seen.family() == Some(libc::AF_INET6);
+                entry.multicast = Some(multicast::capture(&seen.file, v6, cx.shelf.get::<Groups>())?);
             }
             other => cx.refuse(seen.refuse(
                 format!("internet socket of type {other} and protocol {}", entry.proto),
@@ -227,6 +230,9 @@ impl Apart for Make {
         let scope = scope(entry);
         if entry.src_port != 0 {
             socket::bind(&made, &address(entry.family, &entry.src_addr, entry.src_port, scope))?;
+        }
+        if let Some(multicast) = &entry.multicast {
+            multicast::restore(&made, multicast)?;
         }
         if entry.state == state::LISTEN {
             socket::listen(&made, entry.backlog)?;

@@ -20,6 +20,7 @@ pub mod inotify;
 pub mod locks;
 pub mod memfd;
 pub mod memory;
+pub mod multicast;
 pub mod netlink;
 pub mod outside;
 pub mod pipe;
