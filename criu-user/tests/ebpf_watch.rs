@@ -258,6 +258,8 @@ fn calls_that_make_a_dump_impossible_are_reported() {
         ("s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)", "socket", false),
         ("p = os.pidfd_open(os.getpid())", "pidfd_open", true),
         ("libc.unshare(0x04000000)", "unshare", true),
+        ("q = libc.syscall(240, f'e2e-{os.getpid()}'.encode(), 0o102, 0o600, 0)", "mq_open", true),
+        ("libc.syscall(241, f'e2e-{os.getpid()}'.encode())", "mq_unlink", false),
         ("f = os.memfd_create('x')", "memfd_create", false),
     ];
     for (line, name, reported) in cases {
