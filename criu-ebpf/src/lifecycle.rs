@@ -4,7 +4,7 @@
 use aya_ebpf::cty::c_void;
 use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
-use criu_common::watch::{Exec, Exit, Fork, Header, Kind, Loss, RecordKind, SHARES_MEMORY};
+use criu_common::watch::{BY_CGROUP, Exec, Exit, Fork, Header, Kind, Loss, RecordKind, SHARES_MEMORY};
 
 use crate::access::{copy, get, load, off};
 use crate::tracked::{
@@ -45,6 +45,7 @@ unsafe fn made(maker: &mut criu_common::watch::Process, key: u32, parent: *const
             }
             let mut process = entry(child, child_pid);
             process.parent = maker.pid;
+            process.flags = maker.flags & BY_CGROUP;
             if load::<u64>(parent, off!(task_mm)) == load::<u64>(child, off!(task_mm)) {
                 process.flags |= SHARES_MEMORY;
                 process.lender = key;

@@ -5,6 +5,7 @@
 //! | --- | --- |
 //! | `follow.rs` | puts a process into the set, when the engine says so |
 //! | `lifecycle.rs` | who forks, executes, ends; keeps the set |
+//! | `cgroups.rs` | who is put into a control group |
 //! | `memory.rs` | where is written for the first time since it was protected |
 //! | `syscalls.rs` | which kinds of state are touched, and by which call it becomes undumpable |
 //! | `sockets.rs` | how connections move |
@@ -19,6 +20,7 @@
 
 #[expect(dead_code, reason = "shared with the survey")]
 mod access;
+mod cgroups;
 mod follow;
 mod ids;
 mod lifecycle;

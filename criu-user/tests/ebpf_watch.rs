@@ -184,7 +184,7 @@ fn memory_counts_write_faults_by_block() {
     assert_eq!(watch.lost().expect("losses"), Default::default());
 }
 
-fn generations(watch: &Watch, program: &Program) -> Generations {
+fn generations(watch: &mut Watch, program: &Program) -> Generations {
     watch.generations(program.pid()).expect("the map").expect("followed")
 }
 
@@ -216,9 +216,9 @@ fn syscalls_move_the_kinds_that_they_touch_and_no_others() {
         ("a, b = socket.socketpair(); a.setsockopt(1, 2, 1)", &[Kind::Descriptors, Kind::Sockets]),
     ];
     for (line, kinds) in cases {
-        let before = generations(&watch, &program);
+        let before = generations(&mut watch, &program);
         program.run(line);
-        let after = generations(&watch, &program);
+        let after = generations(&mut watch, &program);
         for kind in Kind::ALL {
             // Python's own: its allocator maps and unmaps as it likes.
             if kind != Kind::Memory {
@@ -226,19 +226,19 @@ fn syscalls_move_the_kinds_that_they_touch_and_no_others() {
             }
         }
     }
-    let before = generations(&watch, &program);
+    let before = generations(&mut watch, &program);
     program.run("m = mmap.mmap(-1, 4096)");
-    assert!(!generations(&watch, &program).is_unchanged_since(&before, Kind::Memory));
+    assert!(!generations(&mut watch, &program).is_unchanged_since(&before, Kind::Memory));
     // A child of vfork has its parent's memory until it executes something.
-    let before = generations(&watch, &program);
+    let before = generations(&mut watch, &program);
     program.run("subprocess.run(['true'])");
-    assert!(!generations(&watch, &program).is_unchanged_since(&before, Kind::Actions), "after vfork");
+    assert!(!generations(&mut watch, &program).is_unchanged_since(&before, Kind::Actions), "after vfork");
     // Nobody looked for a while: nothing is known.
-    let before = generations(&watch, &program);
+    let before = generations(&mut watch, &program);
     watch.ask(Questions::LIFECYCLE).expect("stop looking");
     assert_eq!(watch.generations(program.pid()).expect("the map"), None);
     watch.ask(Questions::SYSCALLS | Questions::LIFECYCLE).expect("look again");
-    assert!(!generations(&watch, &program).is_unchanged_since(&before, Kind::Actions), "over a gap");
+    assert!(!generations(&mut watch, &program).is_unchanged_since(&before, Kind::Actions), "over a gap");
 }
 
 #[test]
@@ -365,6 +365,140 @@ fn the_memory_map_has_a_witness_that_sees_all_writers() {
     let second = watch.map_sequence(program.pid()).expect("ask").expect("a number");
     assert!(second != first && second.is_multiple_of(2), "{first} {second}");
     assert_eq!(watch.map_sequence(Pid::from_raw(0x3f_fff0)).expect("ask"), None);
+}
+
+/// A control group of the test's own, in the hierarchy of version 2.
+struct Cgroup(std::path::PathBuf);
+
+impl Cgroup {
+    fn new() -> Self {
+        let text = std::fs::read_to_string("/proc/self/mountinfo").expect("mounts");
+        let mount = text.lines().find(|line| line.contains(" - cgroup2 ")).expect("a mount of version 2");
+        let mount = mount.split(' ').nth(4).expect("where it is");
+        let dir = std::path::Path::new(mount).join(format!("criu-ebpf-watch-{}", std::process::id()));
+        std::fs::create_dir_all(dir.join("below")).expect("make a group");
+        Self(dir)
+    }
+
+    fn enter(&self, below: &str, pid: Pid) {
+        std::fs::write(self.0.join(below).join("cgroup.procs"), pid.to_string()).expect("move a process");
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        for dir in [self.0.join("below"), self.0.clone()] {
+            // A program that was in it may not be gone entirely.
+            let left = (0..500).find(|_| {
+                std::thread::sleep(Duration::from_millis(2));
+                std::fs::remove_dir(&dir).is_ok()
+            });
+            assert!(left.is_some() || std::thread::panicking(), "cannot remove {}", dir.display());
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs root and the eBPF programs: cargo xtask test"]
+fn a_control_group_is_followed_with_those_who_come_and_go() {
+    let group = Cgroup::new();
+    let mut inside = Program::new();
+    let outside = Program::new();
+    inside.run("child = subprocess.Popen(['sleep', '1000'])");
+    group.enter("", inside.pid());
+    let mut watch = Watch::start(Questions::LIFECYCLE).expect("load");
+    assert_eq!(watch.follow_cgroup(&group.0).expect("follow"), [inside.pid()]);
+    assert_eq!(pids(&watch), [inside.pid()], "the child was not moved");
+    group.enter("below", outside.pid());
+    let moved = |is_in| move |e: &Event| e.what == What::Moved { is_in };
+    assert_eq!(wait_for(&mut watch, "move", moved(true)).pid, outside.pid());
+    inside.run("second = subprocess.Popen(['sleep', '1000'])");
+    assert_eq!(pids(&watch).len(), 3);
+    // Up to the root of the hierarchy.
+    std::fs::write(group.0.parent().expect("the mount").join("cgroup.procs"), outside.pid().to_string()).expect("move");
+    assert_eq!(wait_for(&mut watch, "move", moved(false)).pid, outside.pid());
+    assert_eq!(pids(&watch).len(), 2);
+    inside.run("[(p.kill(), p.wait()) for p in (child, second)]");
+    assert_eq!(pids(&watch), [inside.pid()]);
+    drop((inside, outside));
+}
+
+#[test]
+#[ignore = "needs root and the eBPF programs: cargo xtask test"]
+fn what_does_not_fit_is_counted_and_the_set_stays_right() {
+    let mut program = Program::new();
+    let mut watch = Watch::start(Questions::LIFECYCLE).expect("load");
+    watch.follow(program.pid()).expect("follow");
+    // Two records each, of which nobody reads any.
+    program.run("for _ in range(9000): t = threading.Thread(target=int); t.start(); t.join()");
+    program.run("child = subprocess.Popen(['sleep', '1000'])");
+    let lost = watch.lost().expect("losses");
+    assert!(lost.lifecycle > 1000 && lost.processes == 0, "{lost:?}");
+    assert_eq!(pids(&watch).len(), 2);
+    let read = std::iter::from_fn(|| watch.try_next()).count() as u64;
+    assert!((18_000..18_100).contains(&(read + lost.lifecycle)), "{read} read, {lost:?}");
+    program.run("child.kill(); child.wait()");
+    wait_for(&mut watch, "exit", |e| e.what == What::Exit { code: 9 });
+}
+
+#[test]
+#[ignore = "needs root and the eBPF programs: cargo xtask test"]
+fn events_wake_who_waits_for_them() {
+    let mut program = Program::new();
+    let mut watch = Watch::start(Questions::LIFECYCLE | Questions::MEMORY).expect("load");
+    watch.follow(program.pid()).expect("follow");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        for round in 0..50 {
+            writeln!(program.input, "subprocess.run(['/bin/sh', '-c', 'exit {round}'])").expect("write to it");
+            let exit = async {
+                loop {
+                    let event = watch.next().await.expect("an event");
+                    if event.what == (What::Exit { code: round << 8 }) {
+                        return event;
+                    }
+                }
+            };
+            let event = tokio::time::timeout(Duration::from_secs(10), exit).await.expect("woken");
+            assert_ne!(event.pid, program.pid());
+            program.hear("done\n");
+        }
+        // Nothing happens, and the one who waits gives up.
+        while watch.try_next().is_some() {}
+        let nothing = tokio::time::timeout(Duration::from_millis(50), watch.next()).await;
+        assert!(nothing.is_err(), "{nothing:?}");
+    });
+}
+
+/// Numbers of all programs, links and maps of the watch in the kernel.
+fn in_kernel() -> std::collections::BTreeSet<(&'static str, u32)> {
+    let programs = aya::programs::loaded_programs().flatten().filter(|program| program.name().starts_with(b"watch_"));
+    let programs: Vec<u32> = programs.map(|program| program.id()).collect();
+    let links = aya::programs::loaded_links().flatten().filter(|link| programs.contains(&link.program_id()));
+    let links: Vec<u32> = links.map(|link| link.id()).collect();
+    let names: [&[u8]; 5] = [b"PROCESSES", b"RECORDS", b"FAULTS", b"OWNERS", b"LISTENERS"];
+    let maps = aya::maps::loaded_maps().flatten().filter(|map| names.contains(&map.name()));
+    let maps: Vec<u32> = maps.map(|map| map.id()).collect();
+    let all = [("program", programs), ("link", links), ("map", maps)];
+    all.into_iter().flat_map(|(kind, ids)| ids.into_iter().map(move |id| (kind, id))).collect()
+}
+
+#[test]
+#[ignore = "needs root and the eBPF programs: cargo xtask test"]
+fn nothing_is_left_in_the_kernel() {
+    // Other tests have programs of theirs: only what comes with this watch has to go with it.
+    let before = in_kernel();
+    let watch = Watch::start(Questions::all()).expect("load");
+    let own: Vec<_> = in_kernel().difference(&before).copied().collect();
+    for kind in ["program", "link", "map"] {
+        assert!(own.iter().filter(|(of, _)| *of == kind).count() >= 5, "{own:?}");
+    }
+    drop(watch);
+    let begin = Instant::now();
+    while own.iter().any(|id| in_kernel().contains(id)) {
+        assert!(begin.elapsed() < Duration::from_secs(10), "still there: {:?}", in_kernel());
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// Nanoseconds of processor time that a call takes, in the best of many rounds: others use this machine as well.

@@ -354,6 +354,21 @@ pub const MOST_LISTENERS: u32 = 1 << 12;
 /// How many connections are remembered at most.
 pub const MOST_SOCKETS: u32 = 1 << 16;
 
+/// A control group that is followed. One with id 0 stands for its whole hierarchy: moves within it are looked at.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Group {
+    /// Inode of its directory.
+    pub id: u64,
+    /// Number of its hierarchy, 0 for version 2.
+    pub hierarchy: u32,
+    /// Padding.
+    pub zero: u32,
+}
+
+/// How many groups can be followed at once.
+pub const MOST_GROUPS: u32 = 64;
+
 /// What can be lost: index into the map of losses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -433,5 +448,6 @@ layout! {
     Socket: 104, [family: 28, address: 40, sent: 72, unread: 92];
     Owner: 8, [pid: 4];
     Listener: 16, [port: 8];
+    Group: 16, [hierarchy: 8];
     Followed: 16, [is_in: 12];
 }

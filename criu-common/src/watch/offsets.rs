@@ -53,5 +53,12 @@ crate::offsets::offsets! {
     inode_mode: needed "inode" "i_mode";
     inode_ino: needed "inode" "i_ino";
 
+    cgroup_root: needed "cgroup" "root";
+    cgroup_kn: needed "cgroup" "kn";
+    cgroup_level: needed "cgroup" "level";
+    cgroup_ancestors: optional "cgroup" "ancestors";
+    root_hierarchy: needed "cgroup_root" "hierarchy_id";
+    kn_id: needed "kernfs_node" "id";
+
     mm_lock_seq: optional "mm_struct" "mm_lock_seq.sequence";
 }

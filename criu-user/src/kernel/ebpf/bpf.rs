@@ -8,11 +8,12 @@ use std::ffi::{CStr, c_int, c_long};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use aya_obj::generated::bpf_insn;
+use aya_obj::generated::{bpf_insn, bpf_prog_info};
 
 const MAP_CREATE: (c_int, &str) = (0, "BPF_MAP_CREATE");
 const MAP_UPDATE_ELEM: (c_int, &str) = (2, "BPF_MAP_UPDATE_ELEM");
 const PROG_LOAD: (c_int, &str) = (5, "BPF_PROG_LOAD");
+const OBJ_GET_INFO: (c_int, &str) = (15, "BPF_OBJ_GET_INFO_BY_FD");
 const MAP_FREEZE: (c_int, &str) = (22, "BPF_MAP_FREEZE");
 const LINK_CREATE: (c_int, &str) = (28, "BPF_LINK_CREATE");
 const ITER_CREATE: (c_int, &str) = (33, "BPF_ITER_CREATE");
@@ -189,6 +190,24 @@ pub fn iterate(program: BorrowedFd<'_>, pid: u32) -> BpfResult<OwnedFd> {
     let link = unsafe { owned(call(LINK_CREATE, &create)?) };
     // SAFETY: no pointers; the answer is a new descriptor.
     Ok(unsafe { owned(call(ITER_CREATE, &[link.as_raw_fd() as u32, 0])?) })
+}
+
+/// How often a program was passed over because it was running already on the same processor. 0 on kernels before 5.12,
+/// which do not count it.
+pub fn misses(program: BorrowedFd<'_>) -> BpfResult<u64> {
+    #[repr(C)]
+    struct Info {
+        fd: u32,
+        len: u32,
+        at: u64,
+    }
+    // SAFETY: plain numbers, for which zeros are a value.
+    let mut about: bpf_prog_info = unsafe { std::mem::zeroed() };
+    let at = (&raw mut about).expose_provenance() as u64;
+    let info = Info { fd: program.as_raw_fd() as u32, len: size_of::<bpf_prog_info>() as u32, at };
+    // SAFETY: there is room for as much as is said; the kernel writes what it has.
+    unsafe { call(OBJ_GET_INFO, &info)? };
+    Ok(about.recursion_misses)
 }
 
 /// # Safety

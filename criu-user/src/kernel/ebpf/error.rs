@@ -96,6 +96,14 @@ pub enum EbpfError {
         /// Which.
         pid: i32,
     },
+    /// A directory is no control group whose processes can be followed.
+    #[error("cannot follow the control group {path}: {source}; it has to be a directory of a mounted hierarchy", path = path.display())]
+    Cgroup {
+        /// Its directory.
+        path: std::path::PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// The tracked set is full.
     #[error("process {pid} cannot be followed: {most} processes are already, which is the most")]
     TooMany {

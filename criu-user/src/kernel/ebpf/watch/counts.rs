@@ -16,15 +16,15 @@ pub struct Generations {
     pub started: Duration,
     /// How often it has called execve(2).
     pub images: u32,
-    /// Counted anew each time that the watch began to look at system calls.
-    pub(super) session: u32,
+    /// Counted anew each time that the watch began to look at system calls, or missed one.
+    pub(super) session: u64,
     /// What counts for all kinds.
     everything: u64,
     kinds: [u64; KINDS],
 }
 
 impl Generations {
-    pub(super) fn new(process: &Process, session: u32) -> Self {
+    pub(super) fn new(process: &Process, session: u64) -> Self {
         Self {
             started: Duration::from_nanos(process.started_ns),
             images: process.images,
@@ -131,4 +131,6 @@ pub struct Lost {
     pub connections: u64,
     /// Records that made no sense to the engine.
     pub undecoded: u64,
+    /// Calls of programs that did not take place, because the same one was running on that processor.
+    pub missed: u64,
 }

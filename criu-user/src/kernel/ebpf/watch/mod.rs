@@ -8,6 +8,7 @@
 //! which generations can be believed and what it costs: docs/tracking.md.
 
 mod calls;
+mod cgroups;
 mod connections;
 mod counts;
 mod events;
@@ -23,7 +24,7 @@ use aya::maps::{Array, HashMap, MapData, PerCpuArray, PerCpuHashMap, RingBuf};
 use aya::programs::Iter;
 use aya::{Btf, Ebpf};
 pub use criu_common::watch::Kind;
-use criu_common::watch::{BlockKey, Faults, Followed, Loss, MOST_PROCESSES, Order, Process, Socket};
+use criu_common::watch::{BlockKey, Faults, Followed, Group, Loss, MOST_PROCESSES, Order, Process, Socket};
 use nix::unistd::Pid;
 use tokio::io::unix::AsyncFd;
 
@@ -51,11 +52,12 @@ pub struct Watch {
     readiness: Option<AsyncFd<OwnedFd>>,
     processes: HashMap<MapData, u32, Plain<Process>>,
     faults: PerCpuHashMap<MapData, Plain<BlockKey>, Plain<Faults>>,
+    groups: HashMap<MapData, Plain<Group>, u32>,
     order: Array<MapData, u32>,
     lost: PerCpuArray<MapData, u64>,
     undecoded: u64,
     /// How often [`Self::ask`] has begun to look at system calls.
-    session: u32,
+    session: u64,
 }
 
 impl std::fmt::Debug for Watch {
@@ -78,6 +80,7 @@ impl Watch {
         let ring = take("RECORDS")?.try_into().map_err(failed("use the map", "RECORDS"))?;
         let processes = take("PROCESSES")?.try_into().map_err(failed("use the map", "PROCESSES"))?;
         let faults = take("FAULTS")?.try_into().map_err(failed("use the map", "FAULTS"))?;
+        let groups = take("GROUPS")?.try_into().map_err(failed("use the map", "GROUPS"))?;
         let order = take("ORDER")?.try_into().map_err(failed("use the map", "ORDER"))?;
         let lost = take("LOST")?.try_into().map_err(failed("use the map", "LOST"))?;
         let mut watch = Self {
@@ -89,6 +92,7 @@ impl Watch {
             readiness: None,
             processes,
             faults,
+            groups,
             order,
             lost,
             undecoded: 0,
@@ -232,11 +236,20 @@ impl Watch {
     }
 
     /// How often each kind of state of a process was touched; `None` if it is not followed, or nobody looks at system calls.
-    pub fn generations(&self, pid: Pid) -> EbpfResult<Option<Generations>> {
-        if !self.questions.contains(Questions::SYSCALLS | Questions::LIFECYCLE) {
+    pub fn generations(&mut self, pid: Pid) -> EbpfResult<Option<Generations>> {
+        let needed = Questions::SYSCALLS | Questions::LIFECYCLE;
+        if !self.questions.contains(needed) {
             return Ok(None);
         }
-        Ok(self.find(pid)?.map(|(_, process)| Generations::new(&process, self.session)))
+        // A call whose return was passed over may have touched anything.
+        let missed: u64 = self.misses(needed)?;
+        Ok(self.find(pid)?.map(|(_, process)| Generations::new(&process, self.session + missed)))
+    }
+
+    /// How often programs of these questions were passed over.
+    fn misses(&mut self, questions: Questions) -> EbpfResult<u64> {
+        let all = programs::misses(&mut self.object)?;
+        Ok(all.iter().filter(|(question, _)| questions.contains(*question)).map(|(_, misses)| misses).sum())
     }
 
     /// Where a process has written since it is watched and has its present program, by blocks, in order of addresses.
@@ -288,7 +301,8 @@ impl Watch {
     }
 
     /// What could not be noted.
-    pub fn lost(&self) -> EbpfResult<Lost> {
+    pub fn lost(&mut self) -> EbpfResult<Lost> {
+        let missed = self.misses(Questions::all())?;
         let count = |what: Loss| -> EbpfResult<u64> {
             let by_processor = self.lost.get(&(what as u32), 0).map_err(failed("read the map", "LOST"))?;
             Ok(by_processor.iter().sum())
@@ -302,6 +316,7 @@ impl Watch {
             faults: count(Loss::Fault)?,
             connections: count(Loss::Connection)?,
             undecoded: self.undecoded,
+            missed,
         })
     }
 

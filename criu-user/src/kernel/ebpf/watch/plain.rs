@@ -19,6 +19,7 @@ macro_rules! plain {
 plain! {
     criu_common::watch::BlockKey,
     criu_common::watch::Faults,
+    criu_common::watch::Group,
     criu_common::watch::Process,
     criu_common::watch::offsets::Offsets,
 }

@@ -1,5 +1,7 @@
 //! The object with the watching programs: what belongs to which question, and loading it with aya.
 
+use std::os::fd::AsFd;
+
 use aya::programs::{BtfTracePoint, Iter};
 use aya::{Btf, Ebpf, EbpfLoader};
 use aya_obj::btf::BtfKind;
@@ -7,7 +9,7 @@ use criu_common::watch::offsets::{Offsets, SOURCES};
 
 use super::calls;
 use super::plain::Plain;
-use crate::kernel::ebpf::{EbpfError, EbpfResult, btf};
+use crate::kernel::ebpf::{EbpfError, EbpfResult, bpf, btf};
 
 /// The compiled programs; none where the toolchain was missing.
 #[cfg(ebpf_programs)]
@@ -33,6 +35,8 @@ bitflags::bitflags! {
         const SYSCALLS = 4;
         /// How connections move.
         const SOCKETS = 8;
+        /// Who is put into a control group. [`super::Watch::follow_cgroup`] asks it by itself.
+        const CGROUPS = 16;
     }
 }
 
@@ -58,6 +62,7 @@ pub const TABLE: &[Entry] = &[
     entry(Questions::LIFECYCLE, "watch_fork", "sched_process_fork", true),
     entry(Questions::LIFECYCLE, "watch_exec", "sched_process_exec", true),
     entry(Questions::LIFECYCLE, "watch_exit", "sched_process_exit", true),
+    entry(Questions::CGROUPS, "watch_attach", "cgroup_attach_task", true),
     entry(Questions::MEMORY, "watch_fault_user", "page_fault_user", true),
     entry(Questions::MEMORY, "watch_fault_kernel", "page_fault_kernel", true),
     entry(Questions::SYSCALLS, "watch_sys_exit", "sys_exit", true),
@@ -142,6 +147,22 @@ pub fn detach(object: &mut Ebpf, questions: Questions) -> EbpfResult<()> {
         }
     }
     Ok(())
+}
+
+/// How often each program that is loaded was not run, because it interrupted itself on the same processor.
+pub fn misses(object: &mut Ebpf) -> EbpfResult<Vec<(Questions, u64)>> {
+    let mut found = Vec::new();
+    for entry in TABLE {
+        let program: &mut BtfTracePoint = program(object, entry.program)?;
+        let Ok(fd) = program.fd() else { continue };
+        let misses = bpf::misses(fd.as_fd()).map_err(|(command, source)| EbpfError::Call {
+            command,
+            on: entry.program.to_owned(),
+            source,
+        })?;
+        found.push((entry.question, misses));
+    }
+    Ok(found)
 }
 
 /// A program of the object, as what it is.
