@@ -17,6 +17,7 @@ pub mod lineage;
 pub mod metrics;
 pub mod object;
 pub mod observer;
+pub mod outcome;
 pub mod plan;
 pub mod predump;
 pub mod restore;

@@ -35,7 +35,11 @@ mod tests {
     #[test]
     fn what_is_not_said_in_full_is_loopback() {
         for text in ["9477", ":9477", "localhost:9477", "127.0.0.1:9477"] {
-            assert_eq!(text.parse::<Address>().map(|address| address.to_string()), Ok("127.0.0.1:9477".to_owned()), "{text}");
+            assert_eq!(
+                text.parse::<Address>().map(|address| address.to_string()),
+                Ok("127.0.0.1:9477".to_owned()),
+                "{text}"
+            );
         }
         for text in ["0.0.0.0:9477", "[::]:9477", "[::1]:9477", "10.1.2.3:80"] {
             assert_eq!(text.parse::<Address>().map(|address| address.to_string()), Ok(text.to_owned()));

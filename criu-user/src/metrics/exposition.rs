@@ -187,7 +187,9 @@ mod tests {
     #[test]
     fn the_older_format_names_series() {
         let text = exposition().text();
-        assert!(text.contains("# TYPE criu_ebpf_written_bytes_total counter\ncriu_ebpf_written_bytes_total{tree=\"7\"} 4096\n"));
+        assert!(text.contains(
+            "# TYPE criu_ebpf_written_bytes_total counter\ncriu_ebpf_written_bytes_total{tree=\"7\"} 4096\n"
+        ));
         assert!(text.contains("# TYPE criu_ebpf_build_info gauge\ncriu_ebpf_build_info{"));
         assert!(text.contains("# HELP criu_ebpf_written_bytes_total Memory found"));
         assert!(!text.contains("# EOF") && !text.contains("# UNIT"));

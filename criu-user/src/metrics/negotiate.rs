@@ -20,9 +20,7 @@ impl Format {
 
     /// The one that is wanted more; the older one where both are wanted as much, or none is: everybody can read it.
     pub fn wanted(accept: &str) -> Self {
-        let weight = |format: &str| {
-            accept.split(',').filter_map(|range| weight_of(range, format)).fold(0.0, f64::max)
-        };
+        let weight = |format: &str| accept.split(',').filter_map(|range| weight_of(range, format)).fold(0.0, f64::max);
         let plain = weight("text/plain");
         let open = weight("application/openmetrics-text");
         if open > 0.0 && open >= plain && names(accept) { Self::OpenMetrics } else { Self::Text }
@@ -47,7 +45,9 @@ fn weight_of(range: &str, format: &str) -> Option<f64> {
         match part.split_once('=') {
             Some(("q", q)) => weight = q.parse().ok()?,
             // Of a version after 1.0.0 nothing is known.
-            Some(("version", version)) if media.ends_with("openmetrics-text") && !["0.0.1", "1.0.0"].contains(&version) => {
+            Some(("version", version))
+                if media.ends_with("openmetrics-text") && !["0.0.1", "1.0.0"].contains(&version) =>
+            {
                 return None;
             }
             _ => {}
@@ -70,8 +70,12 @@ mod tests {
             assert_eq!(Format::wanted(open), Format::OpenMetrics, "{open}");
         }
         const BROWSER: &str = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8";
-        let plain = ["", "*/*", BROWSER, "text/plain", "image/png", "application/openmetrics-text;q=0", "application/*"];
-        for plain in plain.into_iter().chain(["application/openmetrics-text;q=0.3,text/plain", "application/openmetrics-text;version=9"]) {
+        let plain =
+            ["", "*/*", BROWSER, "text/plain", "image/png", "application/openmetrics-text;q=0", "application/*"];
+        for plain in plain
+            .into_iter()
+            .chain(["application/openmetrics-text;q=0.3,text/plain", "application/openmetrics-text;version=9"])
+        {
             assert_eq!(Format::wanted(plain), Format::Text, "{plain}");
         }
     }

@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
 
-use super::run::{Operation, Run, Runs};
 use super::Exposition;
+use super::run::{Operation, Run, Runs};
 
 /// What the first line of a session's file begins with.
 const OF_A_SESSION: &str = "# criu-ebpf track";
@@ -116,7 +116,8 @@ impl CommandFile {
     fn sums(&self) -> Result<Runs, TextfileError> {
         let foreign = || TextfileError::Foreign { path: self.path.clone(), of: "of dumps, pre-dumps and restores" };
         let Some(text) = read(&self.path)? else { return Ok(Runs::default()) };
-        let sums = text.lines().last().filter(|_| text.starts_with(OF_COMMANDS)).and_then(|line| line.strip_prefix(SUMS));
+        let sums =
+            text.lines().last().filter(|_| text.starts_with(OF_COMMANDS)).and_then(|line| line.strip_prefix(SUMS));
         serde_json::from_str(sums.ok_or_else(foreign)?).map_err(|_| foreign())
     }
 
@@ -183,7 +184,10 @@ mod tests {
             file.add(&Run::failed(Operation::Restore, Reason::Pid)).expect("adding");
         }
         let text = std::fs::read_to_string(&path).expect("the file");
-        assert!(text.contains("criu_ebpf_operation_failures_total{operation=\"restore\",reason=\"pid\"} 3\n"), "{text}");
+        assert!(
+            text.contains("criu_ebpf_operation_failures_total{operation=\"restore\",reason=\"pid\"} 3\n"),
+            "{text}"
+        );
         let left: Vec<_> = std::fs::read_dir(dir.path()).expect("the directory").flatten().collect();
         assert_eq!(left.len(), 1, "{left:?}");
     }

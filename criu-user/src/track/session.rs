@@ -24,6 +24,8 @@ use tokio::task::LocalSet;
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
 
 use super::TrackError;
+use super::export::{Exporter, MetricsOptions};
+use super::measures::Measures;
 use super::report::{ProcessReport, Report};
 use super::tree::{Tree, TreeLook};
 use super::wire::{self, Answer, Ask, Begun, Empty, Reply, Request, Tracked};
@@ -46,6 +48,8 @@ pub struct SessionOptions {
     pub root: Pid,
     /// Wanted time between looks; where looks or their faults would cost too much, it is longer.
     pub interval: Duration,
+    /// Where metrics go.
+    pub metrics: MetricsOptions,
 }
 
 /// Why a session has ended.
@@ -65,6 +69,7 @@ pub struct Session {
     shared: Rc<Shared>,
     root: AsyncFd<OwnedFd>,
     options: SessionOptions,
+    exporter: Exporter,
 }
 
 #[derive(Debug)]
@@ -76,6 +81,7 @@ struct Shared {
     hold: Arc<Mutex<()>>,
     reports: watch::Sender<Report>,
     stop: Notify,
+    measures: Rc<RefCell<Measures>>,
     looks: RefCell<Looks>,
 }
 
@@ -104,17 +110,20 @@ impl Session {
         let pidfd = PidFd::open(options.root)?;
         let (listener, socket) = listen(options.root)?;
         let root = pidfd.into_async().map_err(|source| TrackError::Socket { path: socket.0.clone(), source })?;
+        let exporter = Exporter::begin(&options.metrics, options.root)?;
         let shared = Shared {
             tree: RefCell::new(tree),
             since: RefCell::default(),
             hold: Arc::default(),
             reports: watch::channel(Report::default()).0,
             stop: Notify::new(),
+            measures: Rc::default(),
             looks: RefCell::default(),
         };
-        let session = Self { listener, socket, shared: Rc::new(shared), root, options };
+        let mut session = Self { listener, socket, shared: Rc::new(shared), root, options, exporter };
         // The first look brings the userfaultfds in: what cannot be tracked is known before anybody relies on it.
         session.shared.look();
+        session.exporter.write(&session.shared.measures.borrow(), &session.shared.reports.borrow())?;
         Ok(session)
     }
 
@@ -125,17 +134,19 @@ impl Session {
 
     /// Works until the tree ends or somebody stops it. `beside` runs beside (a screen, a printer); when it ends, so does
     /// the session.
-    pub async fn run(self, beside: impl Future<Output = ()>) -> Result<End, TrackError> {
+    pub async fn run(mut self, beside: impl Future<Output = ()>) -> Result<End, TrackError> {
         let path = self.socket.0.clone();
         let failed = |source| TrackError::Socket { path: path.clone(), source };
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
         let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+        let exporting = std::mem::take(&mut self.exporter).run(self.shared.measures.clone(), self.reports());
         let serving = LocalSet::new();
         let end = serving.run_until(async {
             tokio::select! {
                 end = self.watch_tree() => end,
                 () = self.serve() => End::Stopped,
                 () = beside => End::Stopped,
+                () = exporting => End::Stopped,
                 () = self.shared.stop.notified() => End::Stopped,
                 _ = interrupt.recv() => End::Stopped,
                 _ = terminate.recv() => End::Stopped,
@@ -221,6 +232,7 @@ impl Shared {
         looks.breath = took.max(faults) * SHARE;
         let report = self.report(&found, looks.count, interval, took);
         drop(looks);
+        self.measures.borrow_mut().looked(found.written(), took);
         self.reports.send_replace(report);
         found.stopped
     }
@@ -361,6 +373,10 @@ impl Connection {
             Ask::Stop(_) => {
                 // The answer should still be read by the asker; the runtime ends once this task waits for it.
                 self.shared.stop.notify_one();
+                done
+            }
+            Ask::Told(told) => {
+                self.shared.measures.borrow_mut().told(&told.into());
                 done
             }
             Ask::Follow(_) => done,
