@@ -1,12 +1,10 @@
 //! What dumps, pre-dumps and restores came to, as the metrics have it: times and numbers, or one of a few reasons.
 
-use std::error::Error;
-use std::io;
-
 use nix::errno::Errno;
 
 use crate::dump::{self, DumpError};
 use crate::execute::ExecuteError;
+use crate::image::ImageError;
 use crate::kernel::SysError;
 use crate::lineage::LineageError;
 use crate::metrics::{Operation, Pages, Phase, Reason, Run};
@@ -30,7 +28,7 @@ pub fn of_dump(result: &Result<dump::Summary, DumpError>) -> Run {
             pages: Pages { written: summary.pages_written, in_parent: summary.pages_in_parent, skipped: 0 },
             bytes: summary.bytes_written,
         },
-        Err(err) => failed(operation, err, dump_reason(err)),
+        Err(err) => Run::failed(operation, dump_reason(err)),
     }
 }
 
@@ -49,7 +47,7 @@ pub fn of_pre_dump(result: &Result<PreDumpSummary, PreDumpError>) -> Run {
             },
             bytes: summary.bytes_written,
         },
-        Err(err) => failed(operation, err, pre_dump_reason(err)),
+        Err(err) => Run::failed(operation, pre_dump_reason(err)),
     }
 }
 
@@ -68,37 +66,34 @@ pub fn of_restore(result: &Result<restore::Summary, RestoreError>) -> Run {
             pages: Pages::default(),
             bytes: summary.bytes_filled,
         },
-        Err(err) => failed(operation, err, restore_reason(err)),
+        Err(err) => Run::failed(operation, restore_reason(err)),
     }
 }
 
-fn failed(operation: Operation, err: &(dyn Error + 'static), reason: Reason) -> Run {
-    Run::failed(operation, if is_full(err) { Reason::NoSpace } else { reason })
+/// Whether a file system had no room. Errors here are transparent: those inside are not found by their `source`.
+fn is_full(errno: Errno) -> bool {
+    matches!(errno, Errno::ENOSPC | Errno::EDQUOT)
 }
 
-/// Whether a file system had no room, whatever was being done.
-fn is_full(err: &(dyn Error + 'static)) -> bool {
-    let full = |errno| matches!(errno, Errno::ENOSPC | Errno::EDQUOT);
-    let errno = |err: &(dyn Error + 'static)| {
-        if let Some(err) = err.downcast_ref::<SysError>() {
-            return Some(err.errno);
+fn sys_reason(err: &SysError, otherwise: Reason) -> Reason {
+    if is_full(err.errno) { Reason::NoSpace } else { otherwise }
+}
+
+fn image_reason(err: &ImageError) -> Reason {
+    match err {
+        ImageError::Dir { source, .. } | ImageError::File { source, .. }
+            if source.raw_os_error().map(Errno::from_raw).is_some_and(is_full) =>
+        {
+            Reason::NoSpace
         }
-        if let Some(err) = err.downcast_ref::<ObjectError>() {
-            return match err {
-                ObjectError::Memory { errno, .. } | ObjectError::Inside { errno, .. } => Some(*errno),
-                ObjectError::Sys(err) => Some(err.errno),
-                _ => None,
-            };
-        }
-        err.downcast_ref::<io::Error>()?.raw_os_error().map(Errno::from_raw)
-    };
-    std::iter::successors(Some(err), |&err| err.source()).filter_map(errno).any(full)
+        _ => Reason::Image,
+    }
 }
 
 fn dump_reason(err: &DumpError) -> Reason {
     match err {
         DumpError::Freeze(_) => Reason::Freeze,
-        DumpError::Image(_) => Reason::Image,
+        DumpError::Image(err) => image_reason(err),
         DumpError::Object(err) => object_reason(err),
         DumpError::Survey(_) => Reason::Survey,
         DumpError::Objection(_) => Reason::Script,
@@ -111,8 +106,8 @@ fn pre_dump_reason(err: &PreDumpError) -> Reason {
     match err {
         PreDumpError::Lineage(err) => lineage_reason(err),
         PreDumpError::Track(_) => Reason::Session,
-        PreDumpError::Image(_) => Reason::Image,
-        PreDumpError::Sys(_) => Reason::Memory,
+        PreDumpError::Image(err) => image_reason(err),
+        PreDumpError::Sys(err) => sys_reason(err, Reason::Memory),
         PreDumpError::Objection(_) => Reason::Script,
         PreDumpError::Untracked { .. } => Reason::Refused,
     }
@@ -120,7 +115,8 @@ fn pre_dump_reason(err: &PreDumpError) -> Reason {
 
 fn restore_reason(err: &RestoreError) -> Reason {
     match err {
-        RestoreError::Image(_) | RestoreError::PreDump { .. } => Reason::Image,
+        RestoreError::Image(err) => image_reason(err),
+        RestoreError::PreDump { .. } => Reason::Image,
         RestoreError::Object(err) => object_reason(err),
         RestoreError::Objection(_) => Reason::Script,
         RestoreError::Execute(err) => execute_reason(err),
@@ -135,18 +131,18 @@ fn execute_reason(err: &ExecuteError) -> Reason {
         ExecuteError::Objection(_) => Reason::Script,
         ExecuteError::NoHole { .. } => Reason::Memory,
         ExecuteError::Locked { source, .. } => execute_reason(source),
-        ExecuteError::Sys(_)
-        | ExecuteError::Open { .. }
-        | ExecuteError::Deed { .. }
-        | ExecuteError::OtherVdso { .. } => Reason::Other,
+        ExecuteError::Sys(err) => sys_reason(err, Reason::Other),
+        ExecuteError::Open { .. } | ExecuteError::Deed { .. } | ExecuteError::OtherVdso { .. } => Reason::Other,
     }
 }
 
 fn object_reason(err: &ObjectError) -> Reason {
     match err {
+        ObjectError::Memory { errno, .. } | ObjectError::Inside { errno, .. } if is_full(*errno) => Reason::NoSpace,
         ObjectError::Memory { .. } => Reason::Memory,
         ObjectError::Agent(_) | ObjectError::Inside { .. } => Reason::Agent,
-        ObjectError::Image(_) | ObjectError::Contradiction { .. } => Reason::Image,
+        ObjectError::Image(err) => image_reason(err),
+        ObjectError::Contradiction { .. } => Reason::Image,
         ObjectError::Unsupported { .. } => Reason::Refused,
         ObjectError::Sys(_) | ObjectError::Lock(_) | ObjectError::Connection { .. } | ObjectError::Unpinned { .. } => {
             Reason::Other
@@ -156,16 +152,17 @@ fn object_reason(err: &ObjectError) -> Reason {
 
 fn lineage_reason(err: &LineageError) -> Reason {
     match err {
-        LineageError::Image(_) => Reason::Image,
+        LineageError::Image(err) => image_reason(err),
         LineageError::Track(_) => Reason::Session,
-        LineageError::Sys(_) => Reason::Other,
+        LineageError::Sys(err) => sys_reason(err, Reason::Other),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use super::*;
-    use crate::image::ImageError;
 
     #[test]
     fn a_full_disk_is_found_behind_whatever_it_stopped() {

@@ -10,6 +10,7 @@ mod freeze;
 mod inet;
 mod killed;
 mod memory;
+mod metrics;
 mod pipes;
 mod programs;
 mod refusals;

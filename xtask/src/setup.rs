@@ -44,6 +44,7 @@ const FOR_TESTS: &[(&str, &str)] = &[
     ("nginx-light", "a program that is dumped"),
     ("nodejs", "a program that is dumped"),
     ("procps", "tests look at processes"),
+    ("prometheus", "scrapes a session in a test; its service is neither started nor enabled"),
     ("redis-server", "a program that is dumped"),
     ("redis-tools", "its client"),
     ("socat", "peers for pipes, ptys and sockets"),

@@ -7,7 +7,7 @@ use std::fmt;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
-use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet};
+use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet};
 use prometheus_client::metrics::exemplar::Exemplar;
 use prometheus_client::registry::Registry;
 
@@ -120,31 +120,23 @@ impl Collector for Families {
             let unit = metric.of.unit();
             let mut family = encoder.encode_descriptor(metric.name, metric.help, unit.as_ref(), metric.kind)?;
             for (labels, value) in series {
-                if labels.is_empty() {
-                    value.encode(&mut family)?;
-                } else {
-                    value.encode(&mut family.encode_family(labels)?)?;
+                match value {
+                    Value::Info => family.encode_info(labels)?,
+                    Value::Counter(value) => {
+                        let mut series = family.encode_family(labels)?;
+                        series.encode_counter(value, None::<&Exemplar<NoLabelSet, f64>>)?;
+                    }
+                    Value::Gauge(value) => family.encode_family(labels)?.encode_gauge(value)?,
+                    Value::Histogram(times) => {
+                        let mut series = family.encode_family(labels)?;
+                        series.encode_histogram::<NoLabelSet>(times.sum(), times.count(), &times.buckets(), None)?;
+                    }
                 }
             }
         }
         Ok(())
     }
 }
-
-impl Value {
-    fn encode(&self, encoder: &mut MetricEncoder<'_>) -> fmt::Result {
-        match self {
-            Self::Info => encoder.encode_info(&NONE),
-            Self::Counter(value) => encoder.encode_counter(value, None::<&Exemplar<NoLabelSet, f64>>),
-            Self::Gauge(value) => encoder.encode_gauge(value),
-            Self::Histogram(times) => {
-                encoder.encode_histogram::<NoLabelSet>(times.sum(), times.count(), &times.buckets(), None)
-            }
-        }
-    }
-}
-
-const NONE: [(&str, &str); 0] = [];
 
 #[cfg(test)]
 mod tests {

@@ -10,8 +10,8 @@ const BOUNDS: [f64; 14] = [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1
 /// Times, counted by how long they were.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Histogram {
-    /// All of them together, in seconds.
-    sum: f64,
+    /// All of them together.
+    sum: Duration,
     /// How many did not fit below the bound before, but below this; the last one has no bound.
     counts: [u64; BOUNDS.len() + 1],
 }
@@ -20,14 +20,14 @@ impl Histogram {
     /// Counts one.
     pub fn add(&mut self, time: Duration) {
         let seconds = time.as_secs_f64();
-        self.sum += seconds;
+        self.sum += time;
         let place = BOUNDS.iter().position(|&bound| seconds <= bound).unwrap_or(BOUNDS.len());
         self.counts[place] += 1;
     }
 
     /// All of them together, in seconds.
     pub fn sum(&self) -> f64 {
-        self.sum
+        self.sum.as_secs_f64()
     }
 
     /// How many.

@@ -143,10 +143,10 @@ struct Sums {
     phases: BTreeMap<Phase, Histogram>,
     pages: Pages,
     bytes: u64,
-    /// When the last one succeeded, in seconds since 1970.
-    last_success: Option<f64>,
-    /// How long the tree stood still in it, in seconds.
-    last_freeze: Option<f64>,
+    /// When the last one succeeded, since 1970.
+    last_success: Option<Duration>,
+    /// How long the tree stood still in it.
+    last_freeze: Option<Duration>,
 }
 
 /// What all dumps, pre-dumps and restores came to.
@@ -162,11 +162,11 @@ impl Runs {
             return;
         }
         sums.succeeded += 1;
-        sums.last_success = SystemTime::now().duration_since(UNIX_EPOCH).ok().map(|time| time.as_secs_f64());
+        sums.last_success = SystemTime::now().duration_since(UNIX_EPOCH).ok();
         for &(phase, time) in &run.phases {
             sums.phases.entry(phase).or_default().add(time);
             if phase == Phase::Frozen {
-                sums.last_freeze = Some(time.as_secs_f64());
+                sums.last_freeze = Some(time);
             }
         }
         sums.pages.written += run.pages.written;
@@ -210,12 +210,12 @@ impl Runs {
         }
         for &(operation, sums) in &all {
             if let Some(time) = sums.last_success {
-                to.gauge(&table::LAST_SUCCESS, &[("operation", operation.name())], time);
+                to.gauge(&table::LAST_SUCCESS, &[("operation", operation.name())], time.as_secs_f64());
             }
         }
         for &(operation, sums) in &all {
             if let Some(time) = sums.last_freeze {
-                to.gauge(&table::LAST_FREEZE, &[("operation", operation.name())], time);
+                to.gauge(&table::LAST_FREEZE, &[("operation", operation.name())], time.as_secs_f64());
             }
         }
     }
@@ -268,7 +268,7 @@ mod tests {
             "criu_ebpf_operation_failures_total{operation=\"dump\",reason=\"refused\"} 1",
             "criu_ebpf_operation_failures_total{operation=\"dump\",reason=\"no_space\"} 0",
             "criu_ebpf_pages_total{operation=\"dump\",kind=\"written\"} 14",
-            "criu_ebpf_operation_duration_seconds_bucket{operation=\"dump\",phase=\"frozen\",le=\"0.03\"} 2",
+            "criu_ebpf_operation_duration_seconds_bucket{le=\"0.03\",operation=\"dump\",phase=\"frozen\"} 2",
             "criu_ebpf_last_freeze_seconds{operation=\"dump\"} 0.02",
         ] {
             assert!(text.lines().any(|l| l == line), "no line {line} in\n{text}");

@@ -69,6 +69,9 @@ impl Measures {
     }
 }
 
+/// One number of it.
+type Value = fn(&Share) -> u64;
+
 /// What is told of one process, or of many together.
 #[derive(Debug, Default, Clone, Copy)]
 struct Share {
@@ -108,7 +111,7 @@ fn processes(all: &[ProcessReport], to: &mut Exposition) {
         own.iter().map(|process| (process.pid.to_string(), process.comm.as_str(), Share::of(process))).collect();
     let rest = others.iter().map(|process| Share::of(process)).fold(Share::default(), Share::and);
     shares.push(("other".to_owned(), "", rest));
-    let metrics: [(&'static Metric, fn(&Share) -> u64); 4] = [
+    let metrics: [(&'static Metric, Value); 4] = [
         (&table::PROCESS_MEMORY, |share| share.memory),
         (&table::PROCESS_WRITTEN_RATE, |share| share.written),
         (&table::PROCESS_PENDING, |share| share.pending),
