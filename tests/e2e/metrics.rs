@@ -49,7 +49,7 @@ struct Session<'p> {
 
 impl<'p> Session<'p> {
     fn start(program: &'p Program, words: &[&str]) -> Self {
-        track(program, &[&["-d", "--interval", "200"], words].concat()).expect_success();
+        track(program, &[&["-d", "--interval", "200"][..], words].concat()).expect_success();
         let list = ENGINE.call(&["track".into(), "--list".into(), "--json".into()], program.dir(), "list");
         let list: serde_json::Value = serde_json::from_str(&list.expect_success().printed).expect("JSON");
         let of_program = |session: &&serde_json::Value| session["pid"] == program.pid();
@@ -163,9 +163,9 @@ fn on_loopback_unless_said() {
     };
     for words in ["", ":"] {
         let port = free_port();
-        let _session = Session::start(&program, &["--metrics", &format!("{words}{port}")]);
+        let session = Session::start(&program, &["--metrics", &format!("{words}{port}")]);
         assert!(listens(port, "0100007F"), "not on loopback");
-        _session.stop();
+        session.stop();
     }
     let port = free_port();
     let session = Session::start(&program, &["--metrics", &format!("0.0.0.0:{port}")]);

@@ -1,6 +1,9 @@
 //! Files for node_exporter.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use e2e::{Options, Row, Survey};
 
@@ -12,7 +15,10 @@ fn of_a_session() {
     let mut program = sleeper();
     let path = program.file("tree.prom");
     // A path that is not absolute is the caller's, not that of the session in the background.
-    let session = Session::start(&program, &["--metrics-file", &path.to_string_lossy()]);
+    let here = std::env::current_dir().expect("a working directory");
+    let up: PathBuf = here.components().skip(1).map(|_| "..").collect();
+    let from_here = up.join(path.strip_prefix("/").expect("an absolute path"));
+    let session = Session::start(&program, &["--metrics-file", &from_here.to_string_lossy()]);
     let read = || fs::read_to_string(&path).expect("the file");
     let looks = |text: &str| value(text, "criu_ebpf_look_duration_seconds_count");
     let first = looks(&read());
@@ -46,7 +52,9 @@ fn of_commands() {
         // Its pids are taken now.
         row.restorer.restore(&images, &options).expect_refusal("is in use");
     }
-    row.dumper.restore(&program.dir().join("nothing"), &options);
+    let nothing = program.file("nothing");
+    fs::create_dir(&nothing).expect("an empty directory");
+    row.restorer.restore(&nothing, &options).expect_refusal("is not a complete dump");
     let mut refused = options.clone();
     refused.dump.extend(["--prev-images-dir".into(), "nowhere".into()]);
     let images = row.next_images(&program);
@@ -58,6 +66,7 @@ fn of_commands() {
         ("criu_ebpf_operations_total{operation=\"dump\",result=\"failed\"}", 1.0),
         ("criu_ebpf_operations_total{operation=\"restore\",result=\"ok\"}", 2.0),
         ("criu_ebpf_operation_failures_total{operation=\"restore\",reason=\"pid\"}", 2.0),
+        ("criu_ebpf_operation_failures_total{operation=\"restore\",reason=\"image\"}", 1.0),
         ("criu_ebpf_operation_failures_total{operation=\"dump\",reason=\"image\"}", 1.0),
         ("criu_ebpf_operation_duration_seconds_count{operation=\"dump\",phase=\"frozen\"}", 2.0),
         ("criu_ebpf_operation_duration_seconds_bucket{le=\"+Inf\",operation=\"restore\",phase=\"total\"}", 2.0),

@@ -76,13 +76,13 @@ fn every_panel_has_data() {
     let first = row.next_images(&program);
     row.dumper.pre_dump(&program, &first, None).expect_success();
     let second = row.next_images(&program);
-    let words = ["--track-mem", "-R", "--prev-images-dir", &first.to_string_lossy()];
-    row.dumper.dump(&program, &second, &Options::dump(&words)).expect_success();
+    let mut options = Options::dump(&["--track-mem", "-R", "--prev-images-dir"]);
+    options.dump.push(first.into());
+    row.dumper.dump(&program, &second, &options).expect_success();
     let bad = Options::dump(&["-R", "--prev-images-dir", "/nowhere"]);
     assert!(!row.dumper.dump(&program, &row.next_images(&program), &bad).status.success());
 
-    let text = exposition(port);
-    promtool(&["check", "metrics"], &text);
+    // Whoever tells the session does not wait until it has heard.
     for (series, expected) in [
         ("criu_ebpf_operations_total{tree=\"T\",operation=\"dump\",result=\"ok\"}", 1.0),
         ("criu_ebpf_operations_total{tree=\"T\",operation=\"dump\",result=\"failed\"}", 1.0),
@@ -90,8 +90,11 @@ fn every_panel_has_data() {
         ("criu_ebpf_operation_failures_total{tree=\"T\",operation=\"dump\",reason=\"image\"}", 1.0),
         ("criu_ebpf_image_to_build_on{tree=\"T\"}", 1.0),
     ] {
-        assert_eq!(value(&text, &series.replace('T', &program.pid().to_string())), expected, "{series}\n{text}");
+        let series = series.replace('T', &program.pid().to_string());
+        eventually(&format!("{series} {expected}"), || value(&exposition(port), &series) == expected);
     }
+    let text = exposition(port);
+    promtool(&["check", "metrics"], &text);
     assert!(value(&text, "criu_ebpf_written_bytes_total{") > 0.0, "a program that writes has written nothing");
 
     let tree = program.pid().to_string();
