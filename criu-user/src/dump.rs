@@ -52,6 +52,8 @@ pub struct DumpOptions {
     pub tcp_established: bool,
     /// Whether clients that nobody has accepted yet are dropped.
     pub skip_in_flight: bool,
+    /// Whether those who ask for connections with listening sockets are held as well.
+    pub lock_listeners: bool,
     /// How the packets of connections are held meanwhile.
     pub network_lock: NetworkLock,
     /// Where the survey comes from.
@@ -150,8 +152,8 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
     info!(pid = options.pid.as_raw(), images = %dir.path().display(), "dump of the tree");
     tell(observer, Moment::PreDump, Some(options.pid))?;
     let mut surveyor = Surveyor::choose(options.survey, options.pid)?;
-    let hold = match options.tcp_established {
-        true => Hold::prepare(options.pid, options.network_lock).map_err(ObjectError::from)?,
+    let hold = match options.tcp_established || options.lock_listeners {
+        true => Hold::prepare(options).map_err(ObjectError::from)?,
         false => Hold::default(),
     };
     let (mut lineage, history) = Lineage::begin(options.pid, &options.tracking, &dir)?;

@@ -76,6 +76,10 @@ pub(super) struct DumpArgs {
     /// Drop clients that no server has accepted yet
     #[arg(long)]
     skip_in_flight: bool,
+    /// Drop requests for connections with listening sockets until the restore: clients try again later, instead of being
+    /// told that nobody listens
+    #[arg(long)]
+    lock_listeners: bool,
     /// How the packets of connections are held until the restore
     #[arg(long, value_name = "METHOD", value_enum, default_value = "ebpf")]
     network_lock: NetworkLock,
@@ -179,6 +183,7 @@ pub(super) fn run(args: DumpArgs) -> Outcome {
         tcp_close: args.tcp_close,
         tcp_established: args.tcp_established,
         skip_in_flight: args.skip_in_flight,
+        lock_listeners: args.lock_listeners,
         network_lock: args.network_lock,
         manage_cgroups: args.manage_cgroups,
         freeze_cgroup: args.freeze_cgroup,

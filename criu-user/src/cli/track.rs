@@ -38,6 +38,9 @@ pub(super) struct TrackArgs {
     /// End the session that tracks this tree
     #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..), conflicts_with = "pid")]
     stop: Option<i32>,
+    /// Do without eBPF programs
+    #[arg(long)]
+    no_ebpf: bool,
     #[command(flatten)]
     metrics: TrackMetrics,
     /// Be the session in the background
@@ -59,6 +62,7 @@ pub(super) fn run(args: TrackArgs) -> Outcome {
             args.metrics.refuse_for(root)?;
         } else {
             let mut words = vec!["--interval".into(), args.interval.to_string().into()];
+            words.extend(args.no_ebpf.then(|| "--no-ebpf".into()));
             words.extend(args.metrics.words().map_err(failed)?);
             client::start(root, &words)?;
         }
@@ -71,7 +75,7 @@ pub(super) fn run(args: TrackArgs) -> Outcome {
         return attach(client, args.json);
     }
     let metrics = args.metrics.options().map_err(failed)?;
-    let options = SessionOptions { root, interval: Duration::from_millis(args.interval), metrics };
+    let options = SessionOptions { root, interval: Duration::from_millis(args.interval), ebpf: !args.no_ebpf, metrics };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
     runtime.block_on(async {
         let session = Session::begin(options)?;

@@ -212,3 +212,18 @@ pub fn copy(from: impl AsFd, from_at: u64, to: impl AsFd, to_at: u64, len: u64) 
     }
     Ok(())
 }
+
+/// The name of a socket's protocol in the kernel (`TCP`, `UNIX-STREAM`, `PACKET`, …), by the socket's link in /proc/PID/fd:
+/// the extended attribute `system.sockprotoname`, without taking hold of the socket. getxattr(2).
+pub fn protocol_of(path: &str) -> SysResult<String> {
+    let failed = |e| SysError::new("getxattr", path, e);
+    let name = std::ffi::CString::new(path).map_err(|_| failed(Errno::EINVAL))?;
+    let mut value = [0u8; 64];
+    // SAFETY: both names end with a zero, and the kernel writes no more than the length says.
+    let len = Errno::result(unsafe {
+        libc::getxattr(name.as_ptr(), c"system.sockprotoname".as_ptr(), value.as_mut_ptr().cast(), value.len())
+    })
+    .map_err(failed)?;
+    let text = value[..len as usize].split(|&byte| byte == 0).next().unwrap_or_default();
+    Ok(String::from_utf8_lossy(text).into_owned())
+}

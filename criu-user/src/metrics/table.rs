@@ -76,14 +76,34 @@ metrics! {
     WRITTEN = Counter "criu_ebpf_written" Bytes,
         "Memory found written by the looks; a page counts once a look.";
     PENDING = Gauge "criu_ebpf_pending" Bytes, "Memory written since the last image: what the next one has to take.";
-    WORKING_SET = Gauge "criu_ebpf_working_set" Bytes, "Memory written in the last interval and in the one before.";
+    WORKING_SET = Gauge "criu_ebpf_working_set" Bytes, "Memory written in the last ten intervals.";
     PROCESS_MEMORY = Gauge "criu_ebpf_process_memory" Bytes,
         "Private memory by process: those that have most, and the others together.";
     PROCESS_WRITTEN_RATE = Gauge "criu_ebpf_process_written" BytesPerSecond,
         "Memory written in the last interval, by process.";
     PROCESS_PENDING = Gauge "criu_ebpf_process_pending" Bytes, "Memory written since the last image, by process.";
     PROCESS_WORKING_SET = Gauge "criu_ebpf_process_working_set" Bytes,
-        "Memory written in the last interval and in the one before, by process.";
+        "Memory written in the last ten intervals, by process.";
+    THREADS = Gauge "criu_ebpf_threads" Things, "Threads of these processes.";
+    REWRITTEN = Gauge "criu_ebpf_rewritten" Bytes, "Memory written in the last interval as well as in the one before.";
+    FAULTS = Counter "criu_ebpf_faults" Things,
+        "Write faults: on protected pages, which were there, and on missing ones.";
+    CALLS = Counter "criu_ebpf_calls" Things,
+        "System calls that touched state of a process, by the kind of state; one that touches several counts for each.";
+    SOCKETS = Gauge "criu_ebpf_sockets" Things, "TCP sockets of the tree, by state.";
+    SOCKET_CHANGES = Counter "criu_ebpf_socket_changes" Things, "Changes of state of TCP sockets.";
+    SOCKET_SENT = Counter "criu_ebpf_socket_sent" Bytes, "Bytes sent over TCP, those sent again included.";
+    SOCKET_RECEIVED = Counter "criu_ebpf_socket_received" Bytes, "Bytes received over TCP.";
+    SOCKET_RETRANSMITS = Counter "criu_ebpf_socket_retransmits" Things, "TCP segments sent again.";
+    SOCKET_UNREAD = Gauge "criu_ebpf_socket_unread" Bytes, "Bytes that wait in TCP sockets to be read.";
+    SOCKET_UNACKNOWLEDGED = Gauge "criu_ebpf_socket_unacknowledged" Bytes,
+        "Bytes written to TCP sockets that the peer has not acknowledged.";
+    REFUSALS = Gauge "criu_ebpf_refusals" Things,
+        "What a dump now would be refused for: for good, or without an option of dump.";
+    QUESTIONS = Gauge "criu_ebpf_question_runs" Things,
+        "1 if the eBPF programs that answer this question run, else 0: then its numbers stand still.";
+    LOST = Counter "criu_ebpf_lost_records" Things,
+        "What eBPF programs could not note, by kind; what it was about is looked at anew.";
     HAS_IMAGE = Gauge "criu_ebpf_image_to_build_on" Things, "1 if there is an image that the next can build on, else 0.";
     PREDICTED_FREEZE = Gauge "criu_ebpf_predicted_freeze" Seconds, "For how long a dump now would hold the tree.";
     LOOK_DURATION = Histogram "criu_ebpf_look_duration" Seconds, "How long the session's looks at the tree took.";

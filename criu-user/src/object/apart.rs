@@ -31,6 +31,11 @@ const SHARED: [Kind; 8] = [
 const BY_THREAD: [Kind; 4] = [("mnt", "mount"), ("net", "network"), ("uts", "UTS"), ("ipc", "IPC")];
 const ADVICE: &str = "run criu-ebpf inside of it (nsenter), where it sees what the process sees";
 
+/// Names of the namespaces of a process, frozen or not, that are not the engine's.
+pub fn foreign_to_engine(pid: Pid) -> SysResult<Vec<String>> {
+    foreign_namespaces(pid, &SHARED.map(|(file, _)| namespace("self", file)))
+}
+
 /// Enters refusals for all that is otherwise.
 pub fn refuse(cx: &mut Capture<'_>, frozen: &Frozen) -> SysResult<()> {
     let own = SHARED.map(|(file, _)| namespace("self", file));
@@ -38,8 +43,7 @@ pub fn refuse(cx: &mut Capture<'_>, frozen: &Frozen) -> SysResult<()> {
     for process in frozen.alive() {
         let found = foreign_namespaces(process.shown.by, &own)?;
         if !found.is_empty() {
-            let what = format!("it is in another {} namespace than criu-ebpf", found.join(", "));
-            cx.refuse(refusal(process.pid, what, ADVICE));
+            cx.refuse(refuse_namespaces(process.pid, &found));
         }
         if namespace(&process.shown.by.to_string(), "time").ok() != clock {
             let what = "its clocks are not those of the tree's first process (time namespace)".to_owned();
@@ -53,6 +57,11 @@ pub fn refuse(cx: &mut Capture<'_>, frozen: &Frozen) -> SysResult<()> {
         }
     }
     Ok(())
+}
+
+/// The refusal of a process in namespaces of these names.
+pub fn refuse_namespaces(pid: Pid, names: &[String]) -> Refusal {
+    refusal(pid, format!("it is in another {} namespace than criu-ebpf", names.join(", ")), ADVICE)
 }
 
 fn refusal(pid: Pid, what: String, advice: &str) -> Refusal {

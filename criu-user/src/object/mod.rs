@@ -12,6 +12,7 @@ pub mod eventfd;
 pub mod facts;
 pub mod fifo;
 pub mod file;
+pub mod fresh;
 pub mod fs;
 pub mod ghost;
 pub mod inet;
@@ -151,7 +152,7 @@ impl ObjectError {
 }
 
 /// Something that cannot be dumped: what, where, and what the user can do.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, serde::Serialize)]
 pub struct Refusal {
     /// The process.
     pub pid: i32,

@@ -43,7 +43,8 @@ fn kind_of(mode: u32) -> SFlag {
     SFlag::from_bits_truncate(mode & SFlag::S_IFMT.bits())
 }
 
-fn plain_device(stat: &FileStat) -> bool {
+/// Whether it is a device that keeps nothing: /dev/null and the like.
+pub fn plain_device(stat: &FileStat) -> bool {
     kind_of(stat.st_mode) == SFlag::S_IFCHR
         && nix::sys::stat::major(stat.st_rdev) == 1
         && MEMORY_DEVICES.contains(&nix::sys::stat::minor(stat.st_rdev))

@@ -71,6 +71,36 @@ const FAMILIES: &[(i32, &str, &str)] = &[
     (libc::AF_RDS, "an RDS socket", CLOSE),
 ];
 
+/// What a link of /proc/PID/fd tells of a description that cannot be dumped: what it is, and advice. It is all that can be
+/// looked at without touching the description.
+pub fn by_link(link: &str) -> Option<(&'static str, &'static str)> {
+    KNOWN.iter().find(|(start, ..)| link.starts_with(start)).map(|&(_, what, advice)| (what, advice))
+}
+
+/// The same by the name of a socket's protocol (`system.sockprotoname`), for those that cannot be dumped.
+pub fn by_protocol(name: &str) -> Option<(&'static str, &'static str)> {
+    let (_, family) = PROTOCOLS.iter().find(|(start, _)| name.starts_with(start))?;
+    FAMILIES.iter().find(|(known, ..)| known == family).map(|&(_, what, advice)| (what, advice))
+}
+
+/// The advice for what has no better one.
+pub const ADVICE: &str = CLOSE;
+
+/// Families by the beginnings of the names of their protocols in the kernel (`struct proto`).
+const PROTOCOLS: &[(&str, i32)] = &[
+    ("PACKET", libc::AF_PACKET),
+    ("AF_VSOCK", libc::AF_VSOCK),
+    ("ALG", libc::AF_ALG),
+    ("CAN", libc::AF_CAN),
+    ("BCM", libc::AF_CAN),
+    ("L2CAP", libc::AF_BLUETOOTH),
+    ("HCI", libc::AF_BLUETOOTH),
+    ("RFCOMM", libc::AF_BLUETOOTH),
+    ("XDP", libc::AF_XDP),
+    ("TIPC", libc::AF_TIPC),
+    ("RDS", libc::AF_RDS),
+];
+
 /// The refusal of a description that is of no kind.
 pub fn refuse(seen: &Seen) -> Refusal {
     let link = seen.link_text();

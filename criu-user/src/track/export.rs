@@ -49,6 +49,11 @@ impl Exporter {
 
     /// Serves, and writes with each report, for as long as it is polled. Needs to run in a [`tokio::task::LocalSet`].
     pub async fn run(mut self, measures: Rc<RefCell<Measures>>, reports: watch::Receiver<Report>) {
+        if self.listener.is_none() && self.file.is_none() {
+            // What is counted only while somebody looks on is not counted for us.
+            drop(reports);
+            return std::future::pending().await;
+        }
         let listener = self.listener.take();
         let serving = async {
             let Some(listener) = listener else { return std::future::pending().await };

@@ -3,7 +3,9 @@
 use std::cmp::Reverse;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::report::{ProcessReport, Report};
+use super::report::{LostReport, ProcessReport, Report, SocketsReport};
+use super::witness::kind_name;
+use crate::kernel::ebpf::watch::{Connection, Kind};
 use crate::kernel::survey::PAGE;
 use crate::metrics::table::Metric;
 use crate::metrics::{Exposition, Histogram, Operation, Run, Runs, table};
@@ -42,6 +44,9 @@ impl Measures {
         to.info(&table::TREE, &[("comm", comm.unwrap_or_default()), ("session", &session)]);
         self.memory(report, &mut to);
         processes(&report.processes, &mut to);
+        watched(report, &mut to);
+        sockets(&report.sockets, &mut to);
+        refusals(report, &mut to);
         self.looks(report, &mut to);
         self.runs.expose(Operation::ALL, &mut to);
         to
@@ -56,6 +61,8 @@ impl Measures {
         to.counter(&table::WRITTEN, &[], self.written_bytes);
         to.gauge(&table::PENDING, &[], report.pending_bytes as f64);
         to.gauge(&table::WORKING_SET, &[], report.working_set_bytes as f64);
+        to.gauge(&table::REWRITTEN, &[], report.rewritten_bytes as f64);
+        to.gauge(&table::THREADS, &[], report.processes.iter().map(|process| process.threads).sum::<u64>() as f64);
         to.gauge(&table::HAS_IMAGE, &[], f64::from(u8::from(report.has_image)));
         to.gauge(&table::PREDICTED_FREEZE, &[], Duration::from_micros(report.predicted_freeze_us).as_secs_f64());
     }
@@ -67,6 +74,51 @@ impl Measures {
             to.gauge(&table::LAST_LOOK, &[], since.as_secs_f64());
         }
     }
+}
+
+/// What the eBPF programs saw, and what they did not. Kinds that have not happened are told as nothing, so that they can be
+/// seen to begin.
+fn watched(report: &Report, to: &mut Exposition) {
+    to.counter(&table::FAULTS, &[("kind", "protected")], report.faults.protected);
+    to.counter(&table::FAULTS, &[("kind", "missing")], report.faults.missing);
+    for kind in Kind::ALL {
+        let name = kind_name(kind);
+        to.counter(&table::CALLS, &[("state", &name)], report.calls.get(&name).copied().unwrap_or(0));
+    }
+    for question in &report.ebpf.questions {
+        to.gauge(&table::QUESTIONS, &[("question", &question.name)], f64::from(u8::from(question.runs)));
+    }
+    let LostReport { processes, lifecycle, blocks, calls, sockets, faults, connections, undecoded } = report.lost;
+    for (kind, lost) in [
+        ("processes", processes),
+        ("lifecycle", lifecycle),
+        ("blocks", blocks),
+        ("calls", calls),
+        ("sockets", sockets),
+        ("faults", faults),
+        ("connections", connections),
+        ("undecoded", undecoded),
+    ] {
+        to.counter(&table::LOST, &[("kind", kind)], lost);
+    }
+}
+
+fn sockets(sockets: &SocketsReport, to: &mut Exposition) {
+    for state in Connection::STATES {
+        to.gauge(&table::SOCKETS, &[("state", state)], sockets.by_state.get(state).copied().unwrap_or(0) as f64);
+    }
+    to.counter(&table::SOCKET_CHANGES, &[], sockets.changes);
+    to.counter(&table::SOCKET_SENT, &[], sockets.sent_bytes);
+    to.counter(&table::SOCKET_RECEIVED, &[], sockets.received_bytes);
+    to.counter(&table::SOCKET_RETRANSMITS, &[], sockets.retransmits);
+    to.gauge(&table::SOCKET_UNREAD, &[], sockets.unread_bytes as f64);
+    to.gauge(&table::SOCKET_UNACKNOWLEDGED, &[], sockets.unacknowledged_bytes as f64);
+}
+
+fn refusals(report: &Report, to: &mut Exposition) {
+    let (option, good): (Vec<_>, Vec<_>) = report.refusals.iter().partition(|refusal| refusal.option.is_some());
+    to.gauge(&table::REFUSALS, &[("kind", "for_good")], good.len() as f64);
+    to.gauge(&table::REFUSALS, &[("kind", "without_option")], option.len() as f64);
 }
 
 /// One number of it.

@@ -5,16 +5,18 @@
 //! ones, ones that were moved, all after execve(2)) are in no look, and whoever reads the page map at the end sees that
 //! they cannot be trusted; the next look registers them, and counts all that is in them as written.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
 
 use super::TrackError;
 use super::install::install;
+use super::report::RECENT;
 use crate::kernel::page_set::PageSet;
 use crate::kernel::pagemap::{ADDRESSES_END, PageKind, PageMap, Query, Region};
 use crate::kernel::proc::Shown;
-use crate::kernel::survey::{self, PAGE, VmFlags, Vma};
+use crate::kernel::survey::{self, VmFlags, Vma};
 use crate::kernel::uffd::{Registered, WriteWatch};
 
 /// Pages that hold what nothing else does and whose writes nobody tracks.
@@ -28,7 +30,7 @@ const UNTRACKED: Query = Query {
 /// What one look found.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct Look {
-    /// Pages written since the look before.
+    /// Pages written since the look before. In the first look nothing is known of when they were written: none.
     pub written: u64,
     /// Of these, pages that were also written before the look before: the working set shows in them.
     pub again: u64,
@@ -50,8 +52,8 @@ pub struct Memory {
     written: PageSet,
     /// Handed over for an image that is not complete yet.
     pending: Option<PageSet>,
-    /// Written in the last look.
-    latest: PageSet,
+    /// Written in each of the last looks, the latest last.
+    recent: VecDeque<PageSet>,
     /// How many regions the last page map walk gave; room for the next.
     regions: Vec<Region>,
 }
@@ -66,7 +68,7 @@ impl Memory {
             watch: None,
             written: PageSet::default(),
             pending: None,
-            latest: PageSet::default(),
+            recent: VecDeque::new(),
             regions: Vec::new(),
         }
     }
@@ -76,6 +78,7 @@ impl Memory {
         let mut look = Look::default();
         let Some(shown) = Shown::find(self.pid) else { return Ok(look) };
         let mut latest = PageSet::default();
+        let mut is_first = false;
         let mut map = PageMap::open(shown.by)?;
         // A process that has called execve(2) since has a memory that the watch knows nothing of.
         for _ in 0..2 {
@@ -90,6 +93,7 @@ impl Memory {
                         look.stopped += stopped;
                         tracing::debug!(pid = self.pid.as_raw(), ?stopped, took = ?begin.elapsed(), "its writes are watched");
                         self.watch = Some(watch);
+                        is_first = true;
                         self.untracked = None;
                     }
                     Ok(None) => return Ok(look),
@@ -108,10 +112,17 @@ impl Memory {
         self.regions.clear();
         map.fetch_written(&mut self.regions)?;
         latest.add_regions(&self.regions);
-        look.written = latest.len();
-        look.again = latest.common(&self.latest);
         self.written.unite(&latest);
-        self.latest = latest;
+        if is_first {
+            self.recent.clear();
+            return Ok(look);
+        }
+        look.written = latest.len();
+        look.again = self.recent.back().map_or(0, |before| latest.common(before));
+        if self.recent.len() == RECENT {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(latest);
         Ok(look)
     }
 
@@ -176,9 +187,12 @@ impl Memory {
         self.written.len()
     }
 
-    /// Bytes written in the last look.
-    pub fn latest_bytes(&self) -> u64 {
-        self.latest.len() * PAGE
+    /// Pages written in the last ten looks.
+    pub fn working_set(&self) -> u64 {
+        let mut recent = self.recent.iter();
+        let Some(mut all) = recent.next().cloned() else { return 0 };
+        recent.for_each(|set| all.unite(set));
+        all.len()
     }
 }
 

@@ -1,18 +1,21 @@
 //! Tracking: what a tree of processes does before it is dumped. docs/tracking.md tells how it works and what it costs.
 //!
 //! A *session* ([`session`]) is one process that watches one tree. It knows which pages of it were written since the last
-//! image ([`memory`], [`tree`]), and tells whoever asks at its control socket ([`wire`], [`client`]).
+//! image ([`memory`], [`tree`]), hears from eBPF programs what happens meanwhile ([`witness`]), and tells whoever asks at its control socket ([`wire`], [`client`]).
 
 pub mod client;
 pub mod export;
 mod install;
 mod measures;
 pub mod memory;
+mod recorder;
+mod refusals;
 pub mod report;
 pub mod session;
 mod told;
 pub mod tree;
 pub mod wire;
+pub mod witness;
 
 use crate::agent::AgentError;
 use crate::freeze::FreezeError;

@@ -3,7 +3,7 @@
 //! Everything happens in one thread, because that is who traces the processes that are stopped for a moment; looks are
 //! short, and whoever asks meanwhile waits for the end of one.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
@@ -26,18 +26,23 @@ use tokio_util::codec::{Framed, LengthDelimitedCodec};
 use super::TrackError;
 use super::export::{Exporter, MetricsOptions};
 use super::measures::Measures;
-use super::report::{ProcessReport, Report};
-use super::tree::{Tree, TreeLook};
+use super::recorder::Recorder;
+use super::report::Report;
+use super::tree::{Belief, Tree};
 use super::wire::{self, Answer, Ask, Begun, Empty, Reply, Request, Tracked};
+use super::witness::{News, Witness};
 use crate::kernel::kept;
 use crate::kernel::pidfd::PidFd;
-use crate::kernel::survey::PAGE;
 
 /// How long an interval is at least, and at most.
 const SHORTEST: Duration = Duration::from_millis(100);
 const LONGEST: Duration = Duration::from_secs(10);
 /// The first write to a page after it was armed costs its program this much (docs/tracking.md has the measurement).
 const FAULT: Duration = Duration::from_nanos(1300);
+/// How long new memory waits for its first look: programs that are short-lived need none.
+const SETTLING: Duration = Duration::from_millis(50);
+/// One part in so many of its time may the session spend with looks at new memory.
+const EARLY_SHARE: u32 = 10;
 /// One part in so many of its time may a program lose to these faults, and a processor to our looks.
 const SHARE: u32 = 50;
 
@@ -48,6 +53,8 @@ pub struct SessionOptions {
     pub root: Pid,
     /// Wanted time between looks; where looks or their faults would cost too much, it is longer.
     pub interval: Duration,
+    /// Whether eBPF programs are used, where they can be.
+    pub ebpf: bool,
     /// Where metrics go.
     pub metrics: MetricsOptions,
 }
@@ -82,15 +89,13 @@ struct Shared {
     reports: watch::Sender<Report>,
     stop: Notify,
     measures: Rc<RefCell<Measures>>,
-    looks: RefCell<Looks>,
-}
-
-#[derive(Debug, Default)]
-struct Looks {
-    count: u64,
-    last: Option<Instant>,
+    witness: RefCell<Witness>,
+    recorder: RefCell<Recorder>,
     /// Time that the next interval should take at least.
-    breath: Duration,
+    breath: Cell<Duration>,
+    /// When to look at new memory, if there is some, and how long that took the last time.
+    early: Cell<Option<Instant>>,
+    early_took: Cell<Duration>,
 }
 
 /// Removed with the session.
@@ -111,6 +116,9 @@ impl Session {
         let (listener, socket) = listen(options.root)?;
         let root = pidfd.into_async().map_err(|source| TrackError::Socket { path: socket.0.clone(), source })?;
         let exporter = Exporter::begin(&options.metrics, options.root)?;
+        // Before the first look, so that nobody who is forked meanwhile is missed.
+        let witness =
+            if options.ebpf { Witness::start(options.root) } else { Witness::absent("not wanted (--no-ebpf)") };
         let shared = Shared {
             tree: RefCell::new(tree),
             since: RefCell::default(),
@@ -118,11 +126,15 @@ impl Session {
             reports: watch::channel(Report::default()).0,
             stop: Notify::new(),
             measures: Rc::default(),
-            looks: RefCell::default(),
+            witness: RefCell::new(witness),
+            recorder: RefCell::default(),
+            breath: Cell::default(),
+            early: Cell::default(),
+            early_took: Cell::default(),
         };
         let mut session = Self { listener, socket, shared: Rc::new(shared), root, options, exporter };
         // The first look brings the userfaultfds in: what cannot be tracked is known before anybody relies on it.
-        session.shared.look();
+        session.shared.look(Belief::Seen);
         session.exporter.write(&session.shared.measures.borrow(), &session.shared.reports.borrow())?;
         Ok(session)
     }
@@ -158,20 +170,41 @@ impl Session {
     }
 
     async fn watch_tree(&self) -> End {
+        let shared = &self.shared;
+        let ring = shared.witness.borrow().readiness();
+        let mut next = Instant::now() + self.pause();
         loop {
-            let pause = self.options.interval.max(SHORTEST).max(self.shared.looks.borrow().breath).min(LONGEST);
+            let wake = shared.early.get().map_or(next, |early| early.min(next));
             tokio::select! {
                 _ = self.root.readable() => return End::Tree,
-                () = tokio::time::sleep(pause) => {}
+                () = readable(ring.as_ref()) => {
+                    shared.hear();
+                    continue;
+                }
+                () = tokio::time::sleep_until(wake.into()) => {}
             }
-            if !self.shared.tree.borrow().is_alive() {
+            if !shared.tree.borrow().is_alive() {
                 return End::Tree;
             }
             // Whoever makes an image has the tree for himself.
-            if let Ok(_held) = self.shared.hold.try_lock() {
-                self.shared.look();
+            let held = shared.hold.try_lock();
+            if wake < next {
+                shared.early.set(None);
+                if held.is_ok() {
+                    shared.look_early();
+                }
+                continue;
             }
+            if held.is_ok() {
+                shared.look(Belief::Told);
+            }
+            next = Instant::now() + self.pause();
         }
+    }
+
+    /// Time until the next look.
+    fn pause(&self) -> Duration {
+        self.options.interval.max(SHORTEST).max(self.shared.breath.get()).min(LONGEST)
     }
 
     async fn serve(&self) {
@@ -187,6 +220,19 @@ impl Session {
                     tokio::time::sleep(SHORTEST).await;
                 }
             }
+        }
+    }
+}
+
+/// Waits until there are events; for ever, where nobody tells of any.
+async fn readable(ring: Option<&AsyncFd<OwnedFd>>) {
+    let Some(ring) = ring else { return std::future::pending().await };
+    match ring.readable().await {
+        // All is read after this: what comes meanwhile makes it ready again.
+        Ok(mut ready) => ready.clear_ready(),
+        Err(err) => {
+            tracing::warn!(%err, "events are only looked at with the memory");
+            std::future::pending().await
         }
     }
 }
@@ -220,68 +266,61 @@ fn listen(root: Pid) -> Result<(UnixListener, SocketFile), TrackError> {
 }
 
 impl Shared {
-    /// Looks at the tree, and reports.
-    fn look(&self) -> Duration {
+    /// Takes in what the programs tell.
+    fn hear(&self) {
+        loop {
+            let (news, is_all) = self.witness.borrow_mut().hear();
+            if news.iter().any(|news| matches!(news, News::Suspicious(_))) {
+                self.recorder.borrow_mut().hurry();
+            }
+            if self.tree.borrow_mut().hear(&news) && self.early.get().is_none() {
+                let wait = SETTLING.max(self.early_took.get() * EARLY_SHARE);
+                self.early.set(Some(Instant::now() + wait));
+            }
+            if is_all {
+                return;
+            }
+        }
+    }
+
+    /// Looks at memory that is new since the last look.
+    fn look_early(&self) {
         let begin = Instant::now();
-        let found = self.tree.borrow_mut().look();
+        self.hear();
+        self.early.set(None);
+        let stopped = self.tree.borrow_mut().look_early();
+        self.early_took.set(begin.elapsed());
+        tracing::debug!(?stopped, took = ?begin.elapsed(), "looked at new memory");
+    }
+
+    /// Looks at the tree, and reports.
+    fn look(&self, belief: Belief) -> Duration {
+        self.hear();
+        let begin = Instant::now();
+        let mut witness = self.witness.borrow_mut();
+        witness.be_watched(self.reports.receiver_count() > 0);
+        let belief = if witness.tells_of_lifecycle() { belief } else { Belief::Seen };
+        let found = self.tree.borrow_mut().look(belief);
+        // Those that nobody told of are followed from here on; those that belong to others now are not.
+        found.met.iter().for_each(|&pid| witness.follow(pid));
+        found.left.iter().for_each(|&pid| witness.forget(pid));
         let took = begin.elapsed();
-        let mut looks = self.looks.borrow_mut();
-        let interval = looks.last.replace(begin).map_or(Duration::ZERO, |last| begin - last);
-        looks.count += 1;
         let faults = FAULT * found.written().min(u32::MAX.into()) as u32;
-        looks.breath = took.max(faults) * SHARE;
-        let report = self.report(&found, looks.count, interval, took);
-        drop(looks);
+        self.breath.set(took.max(faults) * SHARE);
+        let lost_before = self.reports.borrow().lost.lifecycle;
+        let mut report = self.recorder.borrow_mut().report(&self.tree.borrow(), &found, &mut witness, begin, took);
+        report.has_image = !self.since.borrow().is_empty();
+        if report.lost.lifecycle != lost_before {
+            self.tree.borrow_mut().doubt();
+        }
         self.measures.borrow_mut().looked(found.written(), took);
         self.reports.send_replace(report);
         found.stopped
     }
 
-    fn report(&self, found: &TreeLook, count: u64, interval: Duration, took: Duration) -> Report {
-        let tree = self.tree.borrow();
-        let per_second = |pages: u64| match interval.as_secs_f64() {
-            0.0 => 0,
-            seconds => ((pages * PAGE) as f64 / seconds) as u64,
-        };
-        let processes: Vec<ProcessReport> = tree
-            .processes
-            .values()
-            .map(|memory| {
-                let look = found.looks.get(&memory.pid).copied().unwrap_or_default();
-                ProcessReport {
-                    pid: memory.pid.as_raw(),
-                    comm: String::from_utf8_lossy(
-                        &crate::kernel::proc::comm(memory.pid, memory.pid).unwrap_or_default(),
-                    )
-                    .into_owned(),
-                    written_bytes_per_second: per_second(look.written),
-                    pending_bytes: memory.written() * PAGE,
-                    working_set_bytes: look.again * PAGE,
-                    memory_bytes: crate::object::memory::estimate(memory.pid),
-                    untracked: memory.untracked.clone(),
-                }
-            })
-            .collect();
-        let sum = |value: fn(&ProcessReport) -> u64| processes.iter().map(value).sum();
-        Report {
-            pid: tree.root().as_raw(),
-            session: std::process::id() as i32,
-            looks: count,
-            interval_ms: interval.as_millis() as u64,
-            look_us: took.as_micros() as u64,
-            written_bytes_per_second: sum(|p| p.written_bytes_per_second),
-            pending_bytes: sum(|p| p.pending_bytes),
-            working_set_bytes: sum(|p| p.working_set_bytes),
-            memory_bytes: sum(|p| p.memory_bytes),
-            has_image: !self.since.borrow().is_empty(),
-            predicted_freeze_us: 0,
-            processes,
-        }
-    }
-
     /// Hands over what was written since the last image.
     fn cut(&self) -> Begun {
-        let stopped = self.look();
+        let stopped = self.look(Belief::Seen);
         let mut tree = self.tree.borrow_mut();
         let processes = tree
             .processes

@@ -1,12 +1,16 @@
 //! The tracked processes of a tree.
+//!
+//! Which they are is told by the eBPF programs as it happens, and looked up in /proc where nobody tells, where something
+//! was lost, when a process that had children has ended (they have another parent then), and for every image.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use nix::unistd::Pid;
 
 use super::TrackError;
 use super::memory::{Look, Memory};
+use super::witness::News;
 use crate::kernel::proc;
 use crate::kernel::sys::{Compare, kcmp};
 
@@ -17,6 +21,25 @@ pub struct Tree {
     root_start: u64,
     /// By pid.
     pub processes: BTreeMap<Pid, Memory>,
+    /// Who is whose parent.
+    parents: BTreeMap<Pid, Pid>,
+    /// Processes whose memory is still to be met: they have just been made, or still have another's (vfork(2)).
+    unmet: BTreeSet<Pid>,
+    /// Processes that have another program since the last look.
+    executed: BTreeSet<Pid>,
+    /// What was found before the time of a look.
+    early: BTreeMap<Pid, Look>,
+    /// Whether what is known may be wrong.
+    is_doubtful: bool,
+}
+
+/// How far what is known of the tree is believed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Belief {
+    /// What was told is believed.
+    Told,
+    /// /proc is asked.
+    Seen,
 }
 
 /// What one look at all processes found.
@@ -26,6 +49,10 @@ pub struct TreeLook {
     pub looks: BTreeMap<Pid, Look>,
     /// Longest stop of any process.
     pub stopped: Duration,
+    /// Processes that nobody had told of.
+    pub met: Vec<Pid>,
+    /// Processes that are not of the tree any more: they have ended, or have another parent.
+    pub left: Vec<Pid>,
 }
 
 impl TreeLook {
@@ -39,7 +66,16 @@ impl Tree {
     /// The tree below `root`.
     pub fn new(root: Pid) -> Result<Self, TrackError> {
         let stat = proc::stat(root, None).map_err(|_| TrackError::NoProcess { pid: root.as_raw() })?;
-        Ok(Self { root, root_start: stat.start_time, processes: BTreeMap::new() })
+        Ok(Self {
+            root,
+            root_start: stat.start_time,
+            processes: BTreeMap::new(),
+            parents: BTreeMap::new(),
+            unmet: BTreeSet::new(),
+            executed: BTreeSet::new(),
+            early: BTreeMap::new(),
+            is_doubtful: true,
+        })
     }
 
     /// Its root.
@@ -52,39 +88,129 @@ impl Tree {
         self.root_start
     }
 
+    /// The parent of a process of the tree.
+    pub fn parent(&self, pid: Pid) -> Option<Pid> {
+        self.parents.get(&pid).copied()
+    }
+
     /// Whether the root is still there and alive.
     pub fn is_alive(&self) -> bool {
         proc::stat(self.root, None).is_ok_and(|stat| stat.start_time == self.root_start)
             && proc::Shown::find(self.root).is_some()
     }
 
+    /// Takes news in. Tells whether there is new memory that nobody watches yet.
+    pub fn hear(&mut self, news: &[News]) -> bool {
+        let mut is_new = false;
+        for &event in news {
+            match event {
+                News::Forked { parent, child } if self.is_in(parent) => {
+                    self.parents.insert(child, parent);
+                    self.unmet.insert(child);
+                    is_new = true;
+                }
+                News::Executed(pid) if self.is_in(pid) => {
+                    self.executed.insert(pid);
+                    is_new = true;
+                }
+                News::Ended(pid) => self.end(pid),
+                News::Forked { .. } | News::Executed(_) | News::Suspicious(_) => {}
+            }
+        }
+        is_new
+    }
+
+    fn is_in(&self, pid: Pid) -> bool {
+        self.processes.contains_key(&pid) || self.unmet.contains(&pid)
+    }
+
+    fn end(&mut self, pid: Pid) {
+        self.processes.remove(&pid);
+        self.unmet.remove(&pid);
+        self.executed.remove(&pid);
+        self.early.remove(&pid);
+        self.parents.remove(&pid);
+        // Its children are somebody else's now, perhaps outside.
+        self.is_doubtful |= self.parents.values().any(|&parent| parent == pid);
+    }
+
+    /// Something was lost: what is known may be wrong.
+    pub fn doubt(&mut self) {
+        self.is_doubtful = true;
+    }
+
+    /// Looks at new memory only. What is found counts for the next look.
+    pub fn look_early(&mut self) -> Duration {
+        self.meet();
+        let mut longest = Duration::ZERO;
+        let new: BTreeSet<Pid> = std::mem::take(&mut self.executed);
+        for pid in new {
+            let Some(memory) = self.processes.get_mut(&pid) else { continue };
+            let look = look_at(memory).unwrap_or_default();
+            longest = longest.max(look.stopped);
+            let early = self.early.entry(pid).or_default();
+            early.written += look.written;
+            early.again += look.again;
+            early.stopped = early.stopped.max(look.stopped);
+        }
+        longest
+    }
+
     /// Looks at every process once: new ones are met, those that have ended forgotten. A process that cannot be looked at
     /// counts as written, and says why.
-    pub fn look(&mut self) -> TreeLook {
-        self.meet();
+    pub fn look(&mut self, belief: Belief) -> TreeLook {
         let mut found = TreeLook::default();
+        if self.is_doubtful || belief == Belief::Seen {
+            self.walk(&mut found);
+            self.is_doubtful = false;
+        }
+        self.meet();
+        self.executed.clear();
+        let early = std::mem::take(&mut self.early);
         for (&pid, memory) in &mut self.processes {
-            match memory.look() {
-                Ok(look) => {
-                    found.stopped = found.stopped.max(look.stopped);
-                    found.looks.insert(pid, look);
-                }
-                Err(err) => tracing::debug!(pid = pid.as_raw(), %err, "its memory could not be looked at"),
+            let Some(mut look) = look_at(memory) else { continue };
+            if let Some(before) = early.get(&pid) {
+                look.written += before.written;
+                look.stopped = look.stopped.max(before.stopped);
             }
+            found.stopped = found.stopped.max(look.stopped);
+            found.looks.insert(pid, look);
         }
         found
     }
 
-    fn meet(&mut self) {
-        let now: BTreeMap<Pid, u64> = proc::tree(self.root)
+    /// Asks /proc which processes there are.
+    fn walk(&mut self, found: &mut TreeLook) {
+        let now: BTreeMap<Pid, (u64, Pid)> = proc::tree(self.root)
             .into_iter()
-            .filter_map(|pid| Some((pid, proc::stat(pid, None).ok()?.start_time)))
+            .filter_map(|pid| proc::stat(pid, None).ok().map(|stat| (pid, (stat.start_time, stat.ppid))))
             .collect();
-        self.processes.retain(|pid, memory| now.get(pid) == Some(&memory.start_time));
-        for (&pid, &start_time) in &now {
-            if !self.processes.contains_key(&pid) && !self.shares_memory(pid) {
-                self.processes.insert(pid, Memory::new(pid, start_time));
+        let gone = |(pid, memory): (&Pid, &Memory)| {
+            now.get(pid).is_none_or(|&(start, _)| start != memory.start_time).then_some(*pid)
+        };
+        found.left = self.processes.iter().filter_map(gone).collect();
+        for pid in &found.left {
+            self.processes.remove(pid);
+        }
+        self.parents = now.iter().map(|(&pid, &(_, parent))| (pid, parent)).collect();
+        found.met = now.keys().copied().filter(|&pid| !self.is_in(pid)).collect();
+        self.unmet.retain(|pid| now.contains_key(pid));
+        self.unmet.extend(&found.met);
+    }
+
+    /// Takes new processes in that have a memory of their own.
+    fn meet(&mut self) {
+        for pid in std::mem::take(&mut self.unmet) {
+            let Ok(stat) = proc::stat(pid, None) else {
+                self.parents.remove(&pid);
+                continue;
+            };
+            if self.shares_memory(pid) {
+                self.unmet.insert(pid);
+                continue;
             }
+            self.processes.insert(pid, Memory::new(pid, stat.start_time));
+            self.executed.insert(pid);
         }
     }
 
@@ -93,4 +219,9 @@ impl Tree {
     fn shares_memory(&self, pid: Pid) -> bool {
         self.processes.keys().any(|&other| kcmp(pid, other, Compare::Vm).is_ok_and(|order| order.is_eq()))
     }
+}
+
+fn look_at(memory: &mut Memory) -> Option<Look> {
+    let look = memory.look();
+    look.inspect_err(|err| tracing::debug!(pid = memory.pid.as_raw(), %err, "its memory could not be looked at")).ok()
 }

@@ -23,7 +23,7 @@ pub struct Tty;
 
 /// Which device a terminal's name leads to (Documentation/admin-guide/devices.txt).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Device {
+pub enum Device {
     /// `/dev/ptmx`.
     Master,
     /// `/dev/pts/N`.
@@ -37,7 +37,8 @@ enum Device {
 }
 
 impl Device {
-    fn of(rdev: u64) -> Option<Self> {
+    /// By the device's number.
+    pub fn of(rdev: u64) -> Option<Self> {
         match (major(rdev), minor(rdev)) {
             (5, 0) => Some(Self::Controlling),
             (5, 1) => Some(Self::Console),
@@ -50,7 +51,7 @@ impl Device {
 }
 
 /// The N of `/dev/pts/N`.
-fn slave_index(rdev: u64) -> u32 {
+pub fn slave_index(rdev: u64) -> u32 {
     ((major(rdev) - 136) << 20 | minor(rdev)) as u32
 }
 

@@ -35,6 +35,33 @@ pub struct Connection {
 }
 
 impl Connection {
+    /// Names of the states, by their numbers in include/net/tcp_states.h.
+    pub const STATES: [&str; 13] = [
+        "unknown",
+        "established",
+        "syn_sent",
+        "syn_recv",
+        "fin_wait1",
+        "fin_wait2",
+        "time_wait",
+        "close",
+        "close_wait",
+        "last_ack",
+        "listen",
+        "closing",
+        "new_syn_recv",
+    ];
+
+    /// The number of a socket that listens.
+    pub const LISTEN: u32 = 10;
+    /// The number of a socket that is not connected.
+    pub const CLOSE: u32 = 7;
+
+    /// The name of its state.
+    pub fn state_name(&self) -> &'static str {
+        Self::STATES.get(self.state as usize).copied().unwrap_or(Self::STATES[0])
+    }
+
     pub(super) fn new(socket: &Socket) -> Self {
         let ip = |bytes: [u8; 16]| {
             let address = Ipv6Addr::from(bytes);

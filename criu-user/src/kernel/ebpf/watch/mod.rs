@@ -336,6 +336,19 @@ impl Watch {
         }
     }
 
+    /// Becomes readable when events come, for whoever cannot hold the watch itself while he waits: it is to be cleared
+    /// *after* all was read with [`Self::try_next`].
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime with I/O enabled.
+    pub fn readiness(&self) -> EbpfResult<AsyncFd<OwnedFd>> {
+        let wait = |source| EbpfError::Wait { source };
+        let fd = self.ring.as_fd().try_clone_to_owned().map_err(wait)?;
+        // SAFETY: an owned descriptor gives the same number for as long as it lives, and closes it when dropped.
+        let readiness = unsafe { AsyncFd::register(fd) };
+        readiness.map_err(|error| wait(error.into()))
+    }
+
     /// The next event. Nothing is lost if the caller stops waiting.
     ///
     /// # Panics
@@ -347,10 +360,7 @@ impl Watch {
             }
             let wait = |source| EbpfError::Wait { source };
             if self.readiness.is_none() {
-                let fd = self.ring.as_fd().try_clone_to_owned().map_err(wait)?;
-                // SAFETY: an owned descriptor gives the same number for as long as it lives, and closes it when dropped.
-                let readiness = unsafe { AsyncFd::register(fd) };
-                self.readiness = Some(readiness.map_err(|error| wait(error.into()))?);
+                self.readiness = Some(self.readiness()?);
                 continue;
             }
             let Some(readiness) = &self.readiness else { continue };
