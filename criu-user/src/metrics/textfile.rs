@@ -53,8 +53,11 @@ pub struct SessionFile {
 }
 
 impl SessionFile {
-    /// The file of the session of the tree below `root`. Nothing is written yet, but it could be.
+    /// The file of the session of the tree below `root`. Nothing is written yet, but it could be: that is tried.
     pub fn new(path: PathBuf, root: i32) -> Result<Self, TextfileError> {
+        if let Err(source) = tempfile::tempfile_in(directory(&path)) {
+            return Err(TextfileError::Write { path, source });
+        }
         match read(&path)? {
             Some(text) if !text.starts_with(OF_A_SESSION) => Err(TextfileError::Foreign { path, of: "of a session" }),
             _ => Ok(Self { path, first_line: format!("{OF_A_SESSION} {root}"), has_failed: false }),
