@@ -139,7 +139,7 @@ fn execute_reason(err: &ExecuteError) -> Reason {
 fn object_reason(err: &ObjectError) -> Reason {
     match err {
         ObjectError::Memory { errno, .. } | ObjectError::Inside { errno, .. } if is_full(*errno) => Reason::NoSpace,
-        ObjectError::Memory { .. } => Reason::Memory,
+        ObjectError::Memory { .. } | ObjectError::CopyGone { .. } => Reason::Memory,
         ObjectError::Agent(_) | ObjectError::Inside { .. } => Reason::Agent,
         ObjectError::Image(err) => image_reason(err),
         ObjectError::Contradiction { .. } => Reason::Image,

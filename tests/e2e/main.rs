@@ -9,6 +9,7 @@ mod files;
 mod freeze;
 mod inet;
 mod killed;
+mod live;
 mod memory;
 mod metrics;
 mod net;

@@ -37,6 +37,9 @@ pub(super) struct DumpArgs {
     /// Let the tree run on after the dump
     #[arg(short = 'R', long)]
     leave_running: bool,
+    /// Freeze the tree only for its small state: its memory, as it is then, is written from copies while it runs on
+    #[arg(long, requires = "leave_running", conflicts_with_all = ["track_mem", "prev_images_dir", "auto_dedup"])]
+    live: bool,
     /// Leave the tree stopped (SIGSTOP) after the dump
     #[arg(short = 's', long, conflicts_with = "leave_running")]
     leave_stopped: bool,
@@ -177,6 +180,7 @@ pub(super) fn run(args: DumpArgs) -> Outcome {
             (_, true) => Release::Stop,
             _ => Release::Kill,
         },
+        live: args.live,
         timeout: Duration::from_secs(args.timeout),
         shell_job: args.shell_job,
         ext_unix_sk: args.ext_unix_sk,
@@ -304,6 +308,9 @@ fn report(common: &Common, summary: &Summary) -> Result<(), CliError> {
             summary.frozen.as_secs_f64() * 1e3,
             summary.total.as_secs_f64() * 1e3,
         ));
+    }
+    for process in summary.not_copied.iter().filter(|_| !common.json && !common.quiet) {
+        say(format_args!("not live: {process}"));
     }
     if common.display_stats && !common.json {
         say(format_args!("freezing:      {} us", summary.freezing.as_micros()));

@@ -9,6 +9,7 @@ pub mod error;
 pub mod events;
 pub mod fd;
 pub mod fill;
+pub mod headroom;
 pub mod inet_diag;
 pub mod interfaces;
 pub mod ipc;
