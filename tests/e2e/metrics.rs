@@ -118,7 +118,7 @@ fn promtool(words: &[&str], input: &str) {
 }
 
 /// A file of docs/.
-fn documents(name: &str) -> PathBuf {
+fn document(name: &str) -> PathBuf {
     e2e::workload::workspace().join("docs").join(name)
 }
 
@@ -220,4 +220,45 @@ fn five_hundred_processes() {
     assert!(number(&rest[0]) > 0.0, "479 processes have no memory");
     promtool(&["check", "metrics"], &text);
     session.stop();
+}
+
+/// What eBPF programs see of the tree gets through: sockets, system calls, faults.
+#[test]
+fn watched() {
+    let script = format!(
+        "import os, socket, time\n\
+         s = socket.socket(); s.bind(('127.0.0.1', {})); s.listen()\n\
+         while True: os.close(os.open('/dev/null', 0)); m = bytearray(1 << 20); time.sleep(0.01)",
+        free_port()
+    );
+    let program = Workload::program(&["python3", "-c", &script]).start();
+    let port = free_port();
+    let session = Session::start(&program, &["--metrics", &port.to_string()]);
+    let of = |metric: &str, labels: &str| {
+        let series = format!("{metric}{{tree=\"{}\",{labels}}}", program.pid());
+        value(&exposition(port), &series)
+    };
+    eventually("its socket listens", || of("criu_ebpf_sockets", "state=\"listen\"") == 1.0);
+    for question in ["lifecycle", "memory", "syscalls", "sockets"] {
+        let label = format!("question=\"{question}\"");
+        assert_eq!(of("criu_ebpf_question_runs", &label), 1.0, "{question} is not asked");
+    }
+    let calls = || of("criu_ebpf_calls_total", "state=\"descriptors\"");
+    let faults = || of("criu_ebpf_faults_total", "kind=\"missing\"");
+    let (calls_before, faults_before) = (calls(), faults());
+    eventually("calls are counted", || calls() > calls_before + 10.0);
+    eventually("faults are counted", || faults() > faults_before);
+    session.stop();
+}
+
+/// What would refuse a dump is there before anybody tries.
+#[test]
+fn refusals() {
+    let mut program = Workload::new("refused.py", "everything").start();
+    let port = free_port();
+    let session = Session::start(&program, &["--metrics", &port.to_string()]);
+    eventually("a refusal", || value(&exposition(port), "criu_ebpf_refusals{") > 0.0);
+    session.stop();
+    drop(session);
+    program.finish();
 }

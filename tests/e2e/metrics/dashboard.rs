@@ -4,10 +4,10 @@ use std::fs;
 
 use serde_json::Value;
 
-use super::documents;
+use super::{document, documents};
 
 fn dashboard() -> Value {
-    let path = documents("dashboards/criu-ebpf.json");
+    let path = document("dashboards/criu-ebpf.json");
     let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     serde_json::from_str(&text).expect("JSON")
 }
@@ -113,8 +113,8 @@ fn no_overlap(panels: &[Value]) {
 /// Every metric that there is has a place on the dashboard, or in an alert, or is only there to be joined.
 #[test]
 fn asks_only_for_what_there_is() {
-    let documented = super::documents::documented();
-    let rules = fs::read_to_string(documents("dashboards/criu-ebpf-rules.yml")).expect("the rules");
+    let documented = documents::documented();
+    let rules = fs::read_to_string(document("dashboards/criu-ebpf-rules.yml")).expect("the rules");
     let queries = queries(&[("$instance", "i"), ("$tree", "t")]);
     let texts = queries.iter().map(|(_, query)| query.as_str()).chain([rules.as_str()]);
     let is_part = |c: char| c.is_ascii_alphanumeric() || c == '_';

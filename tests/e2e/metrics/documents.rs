@@ -4,11 +4,11 @@ use std::fs;
 
 use e2e::Workload;
 
-use super::{Session, documents, exposition, free_port};
+use super::{Session, document, exposition, free_port};
 
 /// Names and types in the document's table.
 pub(super) fn documented() -> Vec<(String, String)> {
-    let text = fs::read_to_string(documents("metrics.md")).expect("docs/metrics.md");
+    let text = fs::read_to_string(document("metrics.md")).expect("docs/metrics.md");
     let row = |line: &str| {
         let cells: Vec<&str> = line.strip_prefix("| `")?.split('|').map(|cell| cell.trim().trim_matches('`')).collect();
         cells.first()?.starts_with("criu_ebpf_").then(|| (cells[0].to_owned(), cells[1].to_owned()))
@@ -37,10 +37,10 @@ fn list_what_is_served() {
     served.sort();
     documented.sort();
     assert_eq!(served, documented);
-    let document = fs::read_to_string(documents("metrics.md")).expect("docs/metrics.md");
+    let text_of_document = fs::read_to_string(document("metrics.md")).expect("docs/metrics.md");
     for line in text.lines().filter_map(|line| line.strip_prefix("# HELP ")) {
         let (name, help) = line.split_once(' ').expect("words");
-        assert!(document.contains(help), "docs/metrics.md does not say what {name} is: {help}");
+        assert!(text_of_document.contains(help), "docs/metrics.md does not say what {name} is: {help}");
     }
     session.stop();
     drop(session);

@@ -9,7 +9,7 @@ use std::{
 
 use e2e::{Options, Row, Survey, Workload};
 
-use super::{Session, dashboard, documents, eventually, exposition, free_port, promtool, value};
+use super::{Session, dashboard, document, eventually, exposition, free_port, promtool, value};
 
 /// A server of its own: one configuration, one directory, one port.
 struct Prometheus {
@@ -20,7 +20,7 @@ struct Prometheus {
 impl Prometheus {
     fn start(dir: &Path, target: u16) -> Self {
         let port = free_port();
-        let rules = documents("dashboards/criu-ebpf-rules.yml");
+        let rules = document("dashboards/criu-ebpf-rules.yml");
         let config = format!(
             "global: {{scrape_interval: 1s, evaluation_interval: 1s}}\n\
              rule_files: ['{}']\n\
@@ -120,7 +120,7 @@ fn every_panel_has_data() {
 /// The rules are in order, and alert when they should, by a file of promtool's.
 #[test]
 fn rules() {
-    promtool(&["check", "rules", &documents("dashboards/criu-ebpf-rules.yml").to_string_lossy()], "");
+    promtool(&["check", "rules", &document("dashboards/criu-ebpf-rules.yml").to_string_lossy()], "");
     let tests = e2e::workload::workspace().join("tests/e2e/metrics/rules.test.yml");
     promtool(&["test", "rules", &tests.to_string_lossy()], "");
 }
