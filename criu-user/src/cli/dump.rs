@@ -10,6 +10,7 @@ use nix::unistd::Pid;
 
 use super::common::Common;
 use super::error::CliError;
+use super::metrics::CommandMetrics;
 use super::progress::Progress;
 use super::scripts::Scripts;
 use super::status::StatusFd;
@@ -23,6 +24,7 @@ use crate::lineage::Tracking;
 use crate::object::cgroup::Manage;
 use crate::object::outside::{External, Inherit};
 use crate::object::tcp::NetworkLock;
+use crate::outcome;
 use crate::predump::{self, PreDumpOptions};
 use crate::rounds::{self, Until};
 
@@ -99,6 +101,8 @@ pub(super) struct DumpArgs {
     tracking: TrackingArgs,
     #[command(flatten)]
     moment: MomentArgs,
+    #[command(flatten)]
+    metrics: CommandMetrics,
 }
 
 /// When to dump.
@@ -212,6 +216,7 @@ fn size(text: &str) -> Result<u64, String> {
 pub(super) fn run(args: DumpArgs) -> Outcome {
     args.common.make_images_dir();
     log::start(&args.common)?;
+    let told = args.metrics.begin()?;
     let status = StatusFd::take(args.common.status_fd)?;
     let watcher = Watcher::new(Scripts::new(&args.common)?, Progress::new("writing memory", &args.common), None);
     let common = args.common;
@@ -248,7 +253,9 @@ pub(super) fn run(args: DumpArgs) -> Outcome {
         tracking: args.tracking.wanted(false),
     };
     args.moment.await_it(&mut options, &watcher).inspect_err(|_| watcher.give_up())?;
-    let summary = dump::dump(&options, &watcher).inspect_err(|_| watcher.give_up())?;
+    let result = dump::dump(&options, &watcher);
+    told.run(Some(options.pid), &outcome::of_dump(&result));
+    let summary = result.inspect_err(|_| watcher.give_up())?;
     watcher.finish();
     if options.tracking.auto_dedup {
         dedup(&options.images_dir)?;
@@ -285,6 +292,7 @@ pub(super) fn pre_dump(args: PreDumpArgs) -> Outcome {
     let PreDumpArgs { dump: args, pre_dump_mode: PreDumpMode::Read | PreDumpMode::Splice, until_converged } = args;
     args.common.make_images_dir();
     log::start(&args.common)?;
+    let told = args.metrics.begin()?;
     let status = StatusFd::take(args.common.status_fd)?;
     let watcher = Watcher::new(Scripts::new(&args.common)?, Progress::new("copying memory", &args.common), None);
     let options = PreDumpOptions {
@@ -295,7 +303,9 @@ pub(super) fn pre_dump(args: PreDumpArgs) -> Outcome {
     if until_converged {
         return converge(&args.common, &options, &watcher);
     }
-    let summary = predump::pre_dump(&options, &watcher).inspect_err(|_| watcher.give_up())?;
+    let result = predump::pre_dump(&options, &watcher);
+    told.run(Some(options.pid), &outcome::of_pre_dump(&result));
+    let summary = result.inspect_err(|_| watcher.give_up())?;
     watcher.finish();
     if options.tracking.auto_dedup {
         dedup(&options.images_dir)?;

@@ -8,6 +8,7 @@ use clap::Args;
 use indicatif::HumanBytes;
 use nix::unistd::{Pid, setsid};
 
+use super::metrics::TrackMetrics;
 use super::{Outcome, say};
 use crate::kernel::fd;
 use crate::track::TrackError;
@@ -40,6 +41,8 @@ pub(super) struct TrackArgs {
     /// Do without eBPF programs
     #[arg(long)]
     no_ebpf: bool,
+    #[command(flatten)]
+    metrics: TrackMetrics,
     /// Be the session in the background
     #[arg(long, hide = true)]
     serve: bool,
@@ -53,19 +56,26 @@ pub(super) fn run(args: TrackArgs) -> Outcome {
         return stop(Pid::from_raw(pid));
     }
     let root = Pid::from_raw(args.pid.unwrap_or_default());
+    let failed = |source| TrackError::Socket { path: wire::socket_path(root), source };
     if args.detach {
-        if Client::connect(root)?.is_none() {
-            client::start(root, &["--interval".into(), args.interval.to_string().into()])?;
+        if Client::connect(root)?.is_some() {
+            args.metrics.refuse_for(root)?;
+        } else {
+            let mut words = vec!["--interval".into(), args.interval.to_string().into()];
+            words.extend(args.no_ebpf.then(|| "--no-ebpf".into()));
+            words.extend(args.metrics.words().map_err(failed)?);
+            client::start(root, &words)?;
         }
         return Ok(ExitCode::SUCCESS);
     }
     if !args.serve
         && let Some(client) = Client::connect(root)?
     {
+        args.metrics.refuse_for(root)?;
         return attach(client, args.json);
     }
-    let options = SessionOptions { root, interval: Duration::from_millis(args.interval), ebpf: !args.no_ebpf };
-    let failed = |source| TrackError::Socket { path: wire::socket_path(root), source };
+    let metrics = args.metrics.options().map_err(failed)?;
+    let options = SessionOptions { root, interval: Duration::from_millis(args.interval), ebpf: !args.no_ebpf, metrics };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
     runtime.block_on(async {
         let session = Session::begin(options)?;

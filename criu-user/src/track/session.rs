@@ -24,6 +24,8 @@ use tokio::task::LocalSet;
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
 
 use super::TrackError;
+use super::export::{Exporter, MetricsOptions};
+use super::measures::Measures;
 use super::memory::Memory;
 use super::predict::{self, Measured, Shape};
 use super::recorder::Recorder;
@@ -56,6 +58,8 @@ pub struct SessionOptions {
     pub interval: Duration,
     /// Whether eBPF programs are used, where they can be.
     pub ebpf: bool,
+    /// Where metrics go.
+    pub metrics: MetricsOptions,
 }
 
 /// Why a session has ended.
@@ -75,6 +79,7 @@ pub struct Session {
     shared: Rc<Shared>,
     root: AsyncFd<OwnedFd>,
     options: SessionOptions,
+    exporter: Exporter,
 }
 
 #[derive(Debug)]
@@ -86,6 +91,7 @@ struct Shared {
     hold: Arc<Mutex<()>>,
     reports: watch::Sender<Report>,
     stop: Notify,
+    measures: Rc<RefCell<Measures>>,
     witness: RefCell<Witness>,
     recorder: RefCell<Recorder>,
     /// What the tree was made of when it was looked at last, and what earlier dumps took.
@@ -116,6 +122,7 @@ impl Session {
         let pidfd = PidFd::open(options.root)?;
         let (listener, socket) = listen(options.root)?;
         let root = pidfd.into_async().map_err(|source| TrackError::Socket { path: socket.0.clone(), source })?;
+        let exporter = Exporter::begin(&options.metrics, options.root)?;
         // Before the first look, so that nobody who is forked meanwhile is missed.
         let witness =
             if options.ebpf { Witness::start(options.root) } else { Witness::absent("not wanted (--no-ebpf)") };
@@ -125,6 +132,7 @@ impl Session {
             hold: Arc::default(),
             reports: watch::channel(Report::default()).0,
             stop: Notify::new(),
+            measures: Rc::default(),
             witness: RefCell::new(witness),
             recorder: RefCell::default(),
             shape: RefCell::default(),
@@ -134,9 +142,10 @@ impl Session {
             early: Cell::default(),
             early_took: Cell::default(),
         };
-        let session = Self { listener, socket, shared: Rc::new(shared), root, options };
+        let mut session = Self { listener, socket, shared: Rc::new(shared), root, options, exporter };
         // The first look brings the userfaultfds in: what cannot be tracked is known before anybody relies on it.
         session.shared.look(Belief::Seen);
+        session.exporter.write(&session.shared.measures.borrow(), &session.shared.reports.borrow())?;
         Ok(session)
     }
 
@@ -147,17 +156,19 @@ impl Session {
 
     /// Works until the tree ends or somebody stops it. `beside` runs beside (a screen, a printer); when it ends, so does
     /// the session.
-    pub async fn run(self, beside: impl Future<Output = ()>) -> Result<End, TrackError> {
+    pub async fn run(mut self, beside: impl Future<Output = ()>) -> Result<End, TrackError> {
         let path = self.socket.0.clone();
         let failed = |source| TrackError::Socket { path: path.clone(), source };
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
         let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+        let exporting = std::mem::take(&mut self.exporter).run(self.shared.measures.clone(), self.reports());
         let serving = LocalSet::new();
         let end = serving.run_until(async {
             tokio::select! {
                 end = self.watch_tree() => end,
                 () = self.serve() => End::Stopped,
                 () = beside => End::Stopped,
+                () = exporting => End::Stopped,
                 () = self.shared.stop.notified() => End::Stopped,
                 _ = interrupt.recv() => End::Stopped,
                 _ = terminate.recv() => End::Stopped,
@@ -314,6 +325,7 @@ impl Shared {
         if report.lost.lifecycle != lost_before {
             self.tree.borrow_mut().doubt();
         }
+        self.measures.borrow_mut().looked(found.written(), took);
         self.reports.send_replace(report);
         found.stopped
     }
@@ -438,6 +450,10 @@ impl Connection {
             Ask::Stop(_) => {
                 // The answer should still be read by the asker; the runtime ends once this task waits for it.
                 self.shared.stop.notify_one();
+                done
+            }
+            Ask::Told(told) => {
+                self.shared.measures.borrow_mut().told(&told.into());
                 done
             }
             Ask::Follow(_) => done,
