@@ -38,7 +38,7 @@ fn on(parent: &std::path::Path) -> Options {
 /// How many pages of a dump are in its parent, by its log.
 fn in_parent(images: &std::path::Path) -> u64 {
     let log = std::fs::read_to_string(images.join("dump.log")).expect("a log");
-    let line = log.lines().find(|line| line.contains("dump finished")).expect("a finished dump");
+    let line = log.lines().find(|line| line.contains(") dump finished")).expect("a finished dump");
     let number = line.split("in_parent=").nth(1).and_then(|rest| rest.split_whitespace().next());
     number.and_then(|number| number.parse().ok()).expect("a number of pages")
 }
@@ -228,7 +228,7 @@ rows! {
 
     /// With a session, what is in the way is known before anything stands still, and how it came.
     early_refusal => |row| {
-        let mut program = Workload::new("refused.py", "io_uring").start();
+        let mut program = Workload::new("refused.py", "everything").start();
         predicted(row, &program);
         let images = row.next_images(&program);
         let outcome = row.dumper.dump(&program, &images, &Options::default());
