@@ -245,7 +245,7 @@ fn watched() {
         eventually(&format!("{question} is asked"), || of("criu_ebpf_question_runs", &label) == 1.0);
     }
     let calls = || of("criu_ebpf_calls_total", "state=\"descriptors\"");
-    let faults = || of("criu_ebpf_faults_total", "kind=\"missing\"");
+    let faults = || of("criu_ebpf_faults_total", "kind=\"protected\"");
     let (calls_before, faults_before) = (calls(), faults());
     eventually("calls are counted", || calls() > calls_before + 10.0);
     eventually("faults are counted", || faults() > faults_before);
