@@ -144,9 +144,8 @@ fn object_reason(err: &ObjectError) -> Reason {
         ObjectError::Image(err) => image_reason(err),
         ObjectError::Contradiction { .. } => Reason::Image,
         ObjectError::Unsupported { .. } => Reason::Refused,
-        ObjectError::Sys(_) | ObjectError::Lock(_) | ObjectError::Connection { .. } | ObjectError::Unpinned { .. } => {
-            Reason::Other
-        }
+        ObjectError::Sys(err) => sys_reason(err, Reason::Other),
+        ObjectError::Lock(_) | ObjectError::Connection { .. } | ObjectError::Unpinned { .. } => Reason::Other,
     }
 }
 

@@ -180,6 +180,7 @@ fn processes(all: &[ProcessReport], to: &mut Exposition) {
 mod tests {
     use std::collections::BTreeSet;
 
+    use super::super::report::{EbpfReport, QuestionReport};
     use super::*;
 
     fn report(processes: i32) -> Report {
@@ -190,7 +191,9 @@ mod tests {
             written_bytes_per_second: 1,
             ..ProcessReport::default()
         };
-        Report { pid: 100, processes: (0..processes).map(process).collect(), ..Report::default() }
+        let question = QuestionReport { name: "memory".into(), runs: true, why_not: None };
+        let ebpf = EbpfReport { questions: vec![question], ..EbpfReport::default() };
+        Report { pid: 100, processes: (0..processes).map(process).collect(), ebpf, ..Report::default() }
     }
 
     #[test]
