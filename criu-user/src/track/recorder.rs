@@ -32,7 +32,14 @@ impl Recorder {
     }
 
     /// Makes the report of a look that began then and took so long.
-    pub fn report(&mut self, tree: &Tree, found: &TreeLook, witness: &mut Witness, begin: Instant, took: Duration) -> Report {
+    pub fn report(
+        &mut self,
+        tree: &Tree,
+        found: &TreeLook,
+        witness: &mut Witness,
+        begin: Instant,
+        took: Duration,
+    ) -> Report {
         let interval = self.last.replace(begin).map_or(Duration::ZERO, |last| begin - last);
         self.looks += 1;
         let statement = witness.count().clone();

@@ -68,7 +68,13 @@ impl DryLooks {
     }
 
     /// Looks, if it is time, and says what would refuse a dump of the tree below `root`.
-    pub fn look(&mut self, root: Pid, tree: &BTreeSet<Pid>, connections: &[Connection], calls: &[CallReport]) -> Vec<RefusalReport> {
+    pub fn look(
+        &mut self,
+        root: Pid,
+        tree: &BTreeSet<Pid>,
+        connections: &[Connection],
+        calls: &[CallReport],
+    ) -> Vec<RefusalReport> {
         let begin = Instant::now();
         if self.until_next == 0 && self.not_before.is_none_or(|moment| begin >= moment) {
             self.latest = look(root, tree, connections);
@@ -139,9 +145,8 @@ fn look_at_process(shown: Shown, found: &mut Vec<Found>) {
 }
 
 fn look_at_sessions(root: Pid, tree: &BTreeSet<Pid>, found: &mut Vec<Found>) {
-    let is_outside = |id: Pid| {
-        id.as_raw() == 0 || !tree.contains(&id) && proc::stat(id, None).is_ok_and(|leader| leader.pgid == id)
-    };
+    let is_outside =
+        |id: Pid| id.as_raw() == 0 || !tree.contains(&id) && proc::stat(id, None).is_ok_and(|leader| leader.pgid == id);
     let stats: Vec<_> = tree.iter().filter_map(|&pid| proc::stat(pid, None).ok()).collect();
     let sessions: BTreeSet<Pid> = stats.iter().map(|stat| stat.sid).filter(|&sid| is_outside(sid)).collect();
     let groups: BTreeSet<Pid> = stats.iter().map(|stat| stat.pgid).filter(|&group| is_outside(group)).collect();
@@ -245,8 +250,7 @@ fn look_at_device(shown: Shown, number: i32, path: &str, link: &str, ends: &mut 
         }
         None => {
             let (major, minor) = (libc::major(stat.st_rdev), libc::minor(stat.st_rdev));
-            let what =
-                format!("the device {link} ({major}:{minor}) cannot be dumped: its driver keeps what it knows");
+            let what = format!("the device {link} ({major}:{minor}) cannot be dumped: its driver keeps what it knows");
             found.push(Found::new(shown.pid, Some(number), what, unsupported::ADVICE));
         }
     }

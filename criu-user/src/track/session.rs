@@ -53,6 +53,17 @@ pub struct SessionOptions {
     pub interval: Duration,
     /// Whether eBPF programs are used, where they can be.
     pub ebpf: bool,
+    /// What SIGINT and SIGTERM do.
+    pub signals: Signals,
+}
+
+/// Whose the signals are that come to a session's process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Signals {
+    /// They end the session.
+    End,
+    /// Somebody else takes care of them.
+    Elsewhere,
 }
 
 /// Why a session has ended.
@@ -110,7 +121,8 @@ impl Session {
         let (listener, socket) = listen(options.root)?;
         let root = pidfd.into_async().map_err(|source| TrackError::Socket { path: socket.0.clone(), source })?;
         // Before the first look, so that nobody who is forked meanwhile is missed.
-        let witness = if options.ebpf { Witness::start(options.root) } else { Witness::absent("not wanted (--no-ebpf)") };
+        let witness =
+            if options.ebpf { Witness::start(options.root) } else { Witness::absent("not wanted (--no-ebpf)") };
         let shared = Shared {
             tree: RefCell::new(tree),
             since: RefCell::default(),
@@ -141,6 +153,7 @@ impl Session {
         let failed = |source| TrackError::Socket { path: path.clone(), source };
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
         let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+        let ends = self.options.signals == Signals::End;
         let serving = LocalSet::new();
         let end = serving.run_until(async {
             tokio::select! {
@@ -148,8 +161,8 @@ impl Session {
                 () = self.serve() => End::Stopped,
                 () = beside => End::Stopped,
                 () = self.shared.stop.notified() => End::Stopped,
-                _ = interrupt.recv() => End::Stopped,
-                _ = terminate.recv() => End::Stopped,
+                _ = interrupt.recv(), if ends => End::Stopped,
+                _ = terminate.recv(), if ends => End::Stopped,
             }
         });
         let end = end.await;

@@ -379,7 +379,9 @@ fn is_ours(pid: Pid, call: &Call) -> bool {
 fn frame(areas: &[Vma], address: u64) -> String {
     let area = areas.iter().find(|area| (area.start..area.end).contains(&address));
     let file = area.and_then(|area| match &area.name {
-        VmaName::File(path) => Some((Path::new(path).file_name()?.to_string_lossy(), address - area.start + area.offset)),
+        VmaName::File(path) => {
+            Some((Path::new(path).file_name()?.to_string_lossy(), address - area.start + area.offset))
+        }
         _ => None,
     });
     file.map_or_else(|| format!("{address:#x}"), |(name, offset)| format!("{name}+{offset:#x}"))
