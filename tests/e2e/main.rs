@@ -14,6 +14,8 @@ mod pipes;
 mod programs;
 mod refusals;
 mod registers;
+mod screen;
+mod sessions;
 mod signals;
 mod survey;
 mod tcp;

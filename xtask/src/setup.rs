@@ -47,7 +47,7 @@ const FOR_TESTS: &[(&str, &str)] = &[
     ("redis-server", "a program that is dumped"),
     ("redis-tools", "its client"),
     ("socat", "peers for pipes, ptys and sockets"),
-    ("tmux", "a program that is dumped"),
+    ("tmux", "a program that is dumped, and the terminal of the screen"),
 ];
 
 /// Installs packages and programs. `build` as argument leaves out what only lint and the tests need.

@@ -36,6 +36,8 @@ pub struct Look {
     pub again: u64,
     /// For how long the process had to be stopped, if it had.
     pub stopped: Duration,
+    /// How much of the look went into bringing the means of tracking in, which is done once.
+    pub installing: Duration,
 }
 
 /// The tracked memory of a process.
@@ -88,7 +90,9 @@ impl Memory {
                     return Ok(look);
                 }
                 let begin = Instant::now();
-                match install(self.pid) {
+                let installed = install(self.pid);
+                look.installing += begin.elapsed();
+                match installed {
                     Ok(Some((watch, stopped))) => {
                         look.stopped += stopped;
                         tracing::debug!(pid = self.pid.as_raw(), ?stopped, took = ?begin.elapsed(), "its writes are watched");

@@ -307,7 +307,7 @@ impl Shared {
         found.left.iter().for_each(|&pid| witness.forget(pid));
         let took = begin.elapsed();
         let faults = FAULT * found.written().min(u32::MAX.into()) as u32;
-        self.breath.set(took.max(faults) * SHARE);
+        self.breath.set(took.saturating_sub(found.installing).max(faults) * SHARE);
         let lost_before = self.reports.borrow().lost.lifecycle;
         let mut report = self.recorder.borrow_mut().report(&self.tree.borrow(), &found, &mut witness, begin, took);
         report.has_image = !self.since.borrow().is_empty();

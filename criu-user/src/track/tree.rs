@@ -4,6 +4,7 @@
 //! was lost, when a process that had children has ended (they have another parent then), and for every image.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::time::Duration;
 
 use nix::unistd::Pid;
@@ -11,6 +12,7 @@ use nix::unistd::Pid;
 use super::TrackError;
 use super::memory::{Look, Memory};
 use super::witness::News;
+use crate::kernel::cgroup::members;
 use crate::kernel::proc;
 use crate::kernel::sys::{Compare, kcmp};
 
@@ -49,6 +51,8 @@ pub struct TreeLook {
     pub looks: BTreeMap<Pid, Look>,
     /// Longest stop of any process.
     pub stopped: Duration,
+    /// How much of the look was done for good.
+    pub installing: Duration,
     /// Processes that nobody had told of.
     pub met: Vec<Pid>,
     /// Processes that are not of the tree any more: they have ended, or have another parent.
@@ -173,6 +177,7 @@ impl Tree {
                 look.written += before.written;
                 look.stopped = look.stopped.max(before.stopped);
             }
+            found.installing += look.installing;
             found.stopped = found.stopped.max(look.stopped);
             found.looks.insert(pid, look);
         }
@@ -219,6 +224,14 @@ impl Tree {
     fn shares_memory(&self, pid: Pid) -> bool {
         self.processes.keys().any(|&other| kcmp(pid, other, Compare::Vm).is_ok_and(|order| order.is_eq()))
     }
+}
+
+/// The roots of the trees that are in a control group: its processes whose parents are not in it.
+pub fn roots_in(group: &Path) -> Result<Vec<Pid>, TrackError> {
+    let members: BTreeSet<Pid> = members(group).into_iter().collect();
+    let is_root = |pid: &Pid| proc::stat(*pid, None).is_ok_and(|stat| !members.contains(&stat.ppid));
+    let roots: Vec<Pid> = members.iter().copied().filter(is_root).collect();
+    if roots.is_empty() { Err(TrackError::EmptyGroup { path: group.to_owned() }) } else { Ok(roots) }
 }
 
 fn look_at(memory: &mut Memory) -> Option<Look> {

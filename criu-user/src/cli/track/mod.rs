@@ -23,17 +23,21 @@ use crate::track::TrackError;
 use crate::track::client::{self, Client};
 use crate::track::report::Report;
 use crate::track::session::{End, Session, SessionOptions, Signals};
+use crate::track::tree::roots_in;
 use crate::track::wire;
 
 #[derive(Debug, Args)]
 pub(super) struct TrackArgs {
     /// Root of the process tree
     #[arg(value_name = "PID", value_parser = clap::value_parser!(i32).range(1..),
-          required_unless_present_any = ["list", "stop", "command"], conflicts_with = "command")]
+          required_unless_present_any = ["list", "stop", "command", "cgroup"], conflicts_with = "command")]
     pid: Option<i32>,
     /// Start this command and track it from its first instruction; ends with its status
     #[arg(value_name = "COMMAND", last = true, conflicts_with_all = ["list", "stop", "detach"])]
     command: Vec<OsString>,
+    /// Track the tree that is in this control group (its directory), or all that are in it with -d
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["pid", "list", "stop", "command"])]
+    cgroup: Option<PathBuf>,
     /// Go on in the background
     #[arg(short = 'd', long)]
     detach: bool,
@@ -79,15 +83,17 @@ pub(super) fn run(args: TrackArgs) -> Outcome {
     if !args.command.is_empty() {
         return command::run(&args);
     }
-    let root = Pid::from_raw(args.pid.unwrap_or_default());
+    let roots = match &args.cgroup {
+        Some(group) => roots_in(group)?,
+        None => vec![Pid::from_raw(args.pid.unwrap_or_default())],
+    };
     if args.detach {
-        if Client::connect(root)?.is_none() {
-            let mut words: Vec<OsString> = vec!["--interval".into(), args.interval.to_string().into()];
-            words.extend(args.no_ebpf.then(|| "--no-ebpf".into()));
-            client::start(root, &words)?;
-        }
-        return Ok(ExitCode::SUCCESS);
+        return detach(&roots, &args);
     }
+    let &[root] = &roots[..] else {
+        let path = args.cgroup.unwrap_or_default();
+        return Err(TrackError::SeveralTrees { path, roots: roots.iter().map(|root| root.as_raw()).collect() }.into());
+    };
     if !args.serve
         && let Some(client) = Client::connect(root)?
     {
@@ -104,6 +110,18 @@ pub(super) fn run(args: TrackArgs) -> Outcome {
     })?;
     if end == End::Tree && is_on_screen(&args) {
         say(format_args!("the tree of process {root} has ended"));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Starts sessions in the background, where there are none yet.
+fn detach(roots: &[Pid], args: &TrackArgs) -> Outcome {
+    let mut words: Vec<OsString> = vec!["--interval".into(), args.interval.to_string().into()];
+    words.extend(args.no_ebpf.then(|| "--no-ebpf".into()));
+    for &root in roots {
+        if Client::connect(root)?.is_none() {
+            client::start(root, &words)?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
