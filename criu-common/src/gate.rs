@@ -15,6 +15,23 @@ pub struct Connection {
     pub remote_port: [u8; 2],
 }
 
+impl Connection {
+    /// What stands for all that ask for a connection with this end: nobody's other end. An address of 127/8 is
+    /// 127.0.0.1.
+    #[inline(always)]
+    pub const fn asking(mut local: [u8; 16], local_port: [u8; 2]) -> Self {
+        if is_mapped(&local) && local[12] == 127 {
+            local = mapped([127, 0, 0, 1]);
+        }
+        Self { local, remote: [0; 16], local_port, remote_port: [0; 2] }
+    }
+
+    /// Whether it stands for all that ask.
+    pub fn is_asking(&self) -> bool {
+        (self.remote, self.remote_port) == ([0; 16], [0; 2])
+    }
+}
+
 /// Packets of a connection that the gate has dropped.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -35,6 +52,19 @@ pub const MOST: u32 = 1 << 16;
 #[inline(always)]
 pub const fn mapped(v4: [u8; 4]) -> [u8; 16] {
     [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, v4[0], v4[1], v4[2], v4[3]]
+}
+
+/// Whether an address is an IPv4 address that is mapped.
+#[inline(always)]
+const fn is_mapped(address: &[u8; 16]) -> bool {
+    let mut at = 0;
+    while at < 10 {
+        if address[at] != 0 {
+            return false;
+        }
+        at += 1;
+    }
+    address[10] == 0xff && address[11] == 0xff
 }
 
 /// The bytes of a record, as a map of the kernel's has them.

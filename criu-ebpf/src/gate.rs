@@ -9,6 +9,9 @@
 //! as one to the peer and as one from it. Dropped on its way out, it counts as never sent; the sender tries again as
 //! soon as anything reaches it.
 //!
+//! Where the listening sockets of a tree are locked as well, requests for connections with them are dropped: the client
+//! asks again later, instead of being told that nobody listens.
+//!
 //! On another target than BPF this is an empty program: so that clippy and the editor can look at it.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
@@ -60,7 +63,7 @@ extern "C" fn gate(skb: *mut __sk_buff) -> i32 {
 
 /// Looks a packet up both ways, and counts it.
 #[inline(always)]
-fn is_held(packet: Connection) -> bool {
+fn is_held(Packet { ends: packet, asks }: Packet) -> bool {
     if let Some(held) = LOCKED.get_ptr_mut(packet) {
         // SAFETY: a pointer into the map, which the verifier has seen checked. Two processors may count at once, and one
         // be lost: these are for a reader.
@@ -78,7 +81,13 @@ fn is_held(packet: Connection) -> bool {
         unsafe { (*held).from_peer += 1 };
         return true;
     }
-    false
+    if !asks {
+        return false;
+    }
+    let Some(held) = LOCKED.get_ptr_mut(Connection::asking(packet.remote, packet.remote_port)) else { return false };
+    // SAFETY: as above.
+    unsafe { (*held).from_peer += 1 };
+    true
 }
 
 /// Bytes of the packet, counted from its network header.
@@ -91,15 +100,27 @@ fn load<const N: usize>(skb: *mut __sk_buff, at: u32) -> Option<[u8; N]> {
     (failed == 0).then_some(bytes)
 }
 
-/// The ends of a packet, its sender's as the local one.
-#[inline(always)]
-fn ends(skb: *mut __sk_buff, local: [u8; 16], remote: [u8; 16], tcp: u32) -> Option<Connection> {
-    let ports: [u8; 4] = load(skb, tcp)?;
-    Some(Connection { local, remote, local_port: [ports[0], ports[1]], remote_port: [ports[2], ports[3]] })
+/// What is looked at of a packet.
+#[derive(Clone, Copy)]
+struct Packet {
+    /// Its ends, its sender's as the local one.
+    ends: Connection,
+    /// Whether it asks for a connection.
+    asks: bool,
 }
 
 #[inline(always)]
-fn v4(skb: *mut __sk_buff) -> Option<Connection> {
+fn packet(skb: *mut __sk_buff, local: [u8; 16], remote: [u8; 16], tcp: u32) -> Option<Packet> {
+    const SYN: u8 = 2;
+    const ACK: u8 = 16;
+    let header: [u8; 14] = load(skb, tcp)?;
+    let (local_port, remote_port) = ([header[0], header[1]], [header[2], header[3]]);
+    let ends = Connection { local, remote, local_port, remote_port };
+    Some(Packet { ends, asks: header[13] & (SYN | ACK) == SYN })
+}
+
+#[inline(always)]
+fn v4(skb: *mut __sk_buff) -> Option<Packet> {
     let header: [u8; 20] = load(skb, 0)?;
     let fragment = u16::from_be_bytes([header[6], header[7]]) & 0x1fff;
     // Without its first fragment a packet is none.
@@ -108,11 +129,11 @@ fn v4(skb: *mut __sk_buff) -> Option<Connection> {
     }
     let local = mapped([header[12], header[13], header[14], header[15]]);
     let remote = mapped([header[16], header[17], header[18], header[19]]);
-    ends(skb, local, remote, u32::from(header[0] & 0xf) * 4)
+    packet(skb, local, remote, u32::from(header[0] & 0xf) * 4)
 }
 
 #[inline(always)]
-fn v6(skb: *mut __sk_buff) -> Option<Connection> {
+fn v6(skb: *mut __sk_buff) -> Option<Packet> {
     let header: [u8; 8] = load(skb, 0)?;
     let (mut next, mut at) = (header[6], 40);
     for _ in 0..EXTENSIONS_MAX {
@@ -126,7 +147,7 @@ fn v6(skb: *mut __sk_buff) -> Option<Connection> {
     if next != IPPROTO_TCP {
         return None;
     }
-    ends(skb, load(skb, 8)?, load(skb, 24)?, at)
+    packet(skb, load(skb, 8)?, load(skb, 24)?, at)
 }
 
 #[cfg(target_arch = "bpf")]

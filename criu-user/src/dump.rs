@@ -8,7 +8,7 @@ use nix::unistd::Pid;
 use serde::Serialize;
 use tracing::{debug, info, warn};
 
-use crate::agent::{Guest, alone};
+use crate::agent::{Aside, Guest, alone};
 use crate::freeze::{self, FreezeError, Frozen, FrozenProcess, Release};
 use crate::image::proto::{DumpStatsEntry, InventoryEntry, StatsEntry, TaskKobjIdsEntry};
 use crate::image::{ImageDir, ImageError, ImageKind};
@@ -18,6 +18,7 @@ use crate::kernel::survey::{PAGE, Vma};
 use crate::kernel::surveyor::{Source, SurveyError, Surveyor};
 use crate::kernel::threads::ThreadRecords;
 use crate::lineage::{Lineage, LineageError, Tracking};
+use crate::live::{self, Live};
 use crate::object::cgroup::Manage;
 use crate::object::file::Capture;
 use crate::object::ghost::{self, Links};
@@ -40,6 +41,8 @@ pub struct DumpOptions {
     pub work_dir: PathBuf,
     /// What becomes of the tree.
     pub release: Release,
+    /// Whether its memory is written after it has run on, from copies; the tree has to run on.
+    pub live: bool,
     /// How long freezing may take.
     pub timeout: Duration,
     /// Whether the tree may be part of a session that is not dumped.
@@ -52,6 +55,8 @@ pub struct DumpOptions {
     pub tcp_established: bool,
     /// Whether clients that nobody has accepted yet are dropped.
     pub skip_in_flight: bool,
+    /// Whether those who ask for connections with listening sockets are held as well.
+    pub lock_listeners: bool,
     /// How the packets of connections are held meanwhile.
     pub network_lock: NetworkLock,
     /// Where the survey comes from.
@@ -131,6 +136,10 @@ pub struct Summary {
     pub bytes_written: u64,
     /// Bytes written in a second of writing.
     pub bytes_per_second: u64,
+    /// Processes whose memory was written from a copy while they ran on (`--live`).
+    pub copied: usize,
+    /// Processes that could not be copied, and why: they stood still meanwhile.
+    pub not_copied: Vec<String>,
 }
 
 /// Writes a time as a whole number of microseconds.
@@ -150,10 +159,11 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
     info!(pid = options.pid.as_raw(), images = %dir.path().display(), "dump of the tree");
     tell(observer, Moment::PreDump, Some(options.pid))?;
     let mut surveyor = Surveyor::choose(options.survey, options.pid)?;
-    let hold = match options.tcp_established {
-        true => Hold::prepare(options.pid, options.network_lock).map_err(ObjectError::from)?,
+    let hold = match options.tcp_established || options.lock_listeners {
+        true => Hold::prepare(options).map_err(ObjectError::from)?,
         false => Hold::default(),
     };
+    let live = if options.live { Live::prepare(options.pid) } else { Live::default() };
     let (mut lineage, history) = Lineage::begin(options.pid, &options.tracking, &dir)?;
     if options.release != Release::Kill {
         lineage.arming().map_err(LineageError::from)?;
@@ -162,19 +172,15 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
     let (processes, threads) = (frozen.processes.len(), frozen.processes.iter().map(|p| p.threads.len()).sum());
     info!(processes, threads, took = ?frozen.took, "the tree stands still");
     let writing = Instant::now();
-    let (pages, links, hold) = write_images(
-        options,
-        observer,
-        &dir,
-        &frozen,
-        &mut surveyor,
-        hold,
-        Past { history, arms: lineage.is_tracked() },
-    )?;
-    let writing = writing.elapsed();
+    let past = Past { history, arms: lineage.is_tracked() };
+    let Written { mut pages, links, hold, mut live } =
+        write_images(options, observer, &dir, &frozen, &mut surveyor, hold, (past, live))?;
+    let mut writing = writing.elapsed();
     info!(pages = pages.written, took = ?writing, "images are written");
     let freezing = frozen.took;
-    let frozen = release(options, observer, &dir, frozen, hold, &lineage)?;
+    let frozen = release(options, observer, &dir, frozen, hold, &lineage, &mut live)?;
+    pages.add(live.pages);
+    writing += live.writing;
     links.keep();
     go_on_from(options, lineage);
     let bytes_written = pages.written * PAGE;
@@ -191,6 +197,8 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
         pages_in_parent: pages.in_parent,
         bytes_written,
         bytes_per_second: rate(bytes_written, writing),
+        copied: live.copied,
+        not_copied: live.fallbacks,
     };
     if let Err(err) = write_stats(options, &summary) {
         warn!(%err, "the dump is good, but has no statistics");
@@ -226,8 +234,9 @@ fn release(
     frozen: Frozen,
     mut hold: Hold,
     lineage: &Lineage,
+    live: &mut Live,
 ) -> Result<Duration, DumpError> {
-    let mut inventory = inventory(&frozen)?;
+    let mut inventory = inventory();
     lineage.describe(&mut inventory);
     hold.describe(&mut inventory);
     if options.release != Release::Kill {
@@ -240,13 +249,17 @@ fn release(
         info!(took = ?begin.elapsed(), "images are on disk");
         Ok(())
     };
-    let first = options.release == Release::Kill || observer.acts_after_dump();
-    if first {
-        commit(&hold)?;
+    let complete = |hold: &Hold| -> Result<(), DumpError> {
+        commit(hold)?;
         if let Err(objection) = tell(observer, Moment::PostDump, Some(options.pid)) {
             dir.withdraw()?;
             return Err(objection.into());
         }
+        Ok(())
+    };
+    let first = options.release == Release::Kill || observer.acts_after_dump() && !live.is_pending();
+    if first {
+        complete(&hold)?;
     }
     let lasted = if options.release == Release::Kill {
         if let Err(err) = hold.seal(&frozen) {
@@ -259,18 +272,28 @@ fn release(
     } else {
         // The gate opens, and the sockets are as they were.
         hold.unlock();
-        let lasted = frozen.release(options.release);
-        if !first {
-            commit(&hold)?;
-        }
-        lasted
+        frozen.release(options.release)
     };
     info!(frozen = ?lasted, "the tree {}", match options.release {
         Release::Kill => "is killed",
         Release::Stop => "is left stopped",
         Release::Resume => "runs on",
     });
+    if live.is_pending() {
+        live.finish(dir, observer)?;
+        complete(&hold)?;
+    } else if !first {
+        commit(&hold)?;
+    }
     Ok(lasted)
+}
+
+/// What the freeze has brought.
+struct Written {
+    pages: Pages,
+    links: Links,
+    hold: Hold,
+    live: Live,
 }
 
 fn write_images(
@@ -280,16 +303,17 @@ fn write_images(
     frozen: &Frozen,
     surveyor: &mut Surveyor,
     hold: Hold,
-    past: Past,
-) -> Result<(Pages, Links, Hold), DumpError> {
+    (past, live): (Past, Live),
+) -> Result<Written, DumpError> {
     let pids: Vec<Pid> = frozen.processes.iter().map(|p| p.pid).collect();
     let mut cx = Capture::new(dir, options, observer, pids);
     *cx.shelf.get() = hold;
+    *cx.shelf.get() = live;
     cx.past = past;
     match write_all(options, dir, frozen, surveyor, &mut cx) {
         // What cannot be dumped may have been in the way of reading something else.
         Err(_) if !cx.refusals.is_empty() => Err(DumpError::Refused(cx.refusals)),
-        outcome => outcome.map(|(pages, links)| (pages, links, cx.shelf.take())),
+        outcome => outcome.map(|(pages, links)| Written { pages, links, hold: cx.shelf.take(), live: cx.shelf.take() }),
     }
 }
 
@@ -323,6 +347,7 @@ fn write_all(
         observer.expects(alive.iter().map(|process| memory::estimate(process.by)).sum());
     }
     let mut pages = Pages::default();
+    let mut aside = Aside::new().map_err(ObjectError::from)?;
     for (n, process) in frozen.processes.iter().enumerate() {
         let id = n as u32 + 1;
         let Some((vmas, entries)) = areas.remove(&process.pid) else {
@@ -331,12 +356,12 @@ fn write_all(
         };
         let sleeps = process.threads.iter().any(waits::sleeps);
         let records = surveyor.threads(process.pid, sleeps)?;
-        let part = write_process(cx, process, vmas, entries, &records, id)?;
-        pages.add(part);
+        pages.add(write_process(cx, process, vmas, entries, &records, id, &mut aside)?);
         if let Some(table) = fdinfo.get(&process.shown.by) {
             dir.write_all(ImageKind::Fdinfo.id(id.into()), table)?;
         }
     }
+    aside.come_back().map_err(ObjectError::from)?;
     // Some things only a thread itself has told.
     stop_if_refused(cx)?;
     info!(pages = pages.written, "all processes are written");
@@ -383,13 +408,14 @@ fn refuse_foreign(options: &DumpOptions, frozen: &Frozen, cx: &mut Capture<'_>) 
     }
 }
 
-fn write_process(
+fn write_process<'f>(
     cx: &mut Capture<'_>,
-    process: &FrozenProcess,
+    process: &'f FrozenProcess,
     vmas: Vec<Vma>,
     entries: Vec<crate::image::proto::VmaEntry>,
     records: &ThreadRecords,
     id: u32,
+    aside: &mut Aside<'f>,
 ) -> Result<Pages, DumpError> {
     let pid = process.pid;
     let (Some(memory), Some(first)) = (&process.memory, process.threads.first()) else {
@@ -404,17 +430,22 @@ fn write_process(
     }
     let mut guest = Guest::enter(pid, &process.pidfd, first.stopped, memory, &vmas).map_err(ObjectError::from)?;
     debug!(pid = pid.as_raw(), areas = vmas.len(), "the agent is in");
-    let mut captured = task::capture(cx, process, &mut guest, entries, records)?;
-    debug!(pid = pid.as_raw(), threads = captured.cores.len(), "its state is read");
-    let pages = memory::dump_private(cx, &mut guest, process, &vmas, id, &mut captured.mm.vmas)?;
-    debug!(pid = pid.as_raw(), scanned = pages.scanned, written = pages.written, "its memory is written");
-    guest.leave().map_err(ObjectError::from)?;
-    debug!(pid = pid.as_raw(), "the agent is out");
+    let task::Captured { cores, mm } = task::capture(cx, process, &mut guest, entries, records)?;
+    debug!(pid = pid.as_raw(), threads = cores.len(), "its state is read");
     let name = |kind: ImageKind| kind.id(pid.as_raw() as u64);
-    for (tid, core) in &captured.cores {
+    let orphans = live::orphans(&cores);
+    let original = live::Original { process, vmas: &vmas, pages_id: id, orphans };
+    let mut pages = Pages::default();
+    if let Some(mut mm) = Live::copy(cx, &mut guest, original, mm, aside)? {
+        pages = memory::dump_private(cx, &mut guest, process, &vmas, id, &mut mm.vmas)?;
+        debug!(pid = pid.as_raw(), scanned = pages.scanned, written = pages.written, "its memory is written");
+        cx.dir.write_one(name(ImageKind::Mm), &mm)?;
+    }
+    live::leave(cx.shelf.get(), guest, process, orphans, aside).map_err(ObjectError::from)?;
+    debug!(pid = pid.as_raw(), "the agent is out");
+    for (tid, core) in &cores {
         cx.dir.write_one(ImageKind::Core.id(tid.as_raw() as u64), core)?;
     }
-    cx.dir.write_one(name(ImageKind::Mm), &captured.mm)?;
     let fs_entry = fs::capture(cx, process.shown.by)?;
     cx.dir.write_one(name(ImageKind::Fs), &fs_entry)?;
     cx.dir.write_one(name(ImageKind::Ids), &own_ids(id))?;
@@ -430,15 +461,14 @@ fn own_ids(id: u32) -> TaskKobjIdsEntry {
 /// The ids of the engine's own objects, of which the tree shares none.
 const ENGINE_IDS: u32 = i32::MAX as u32;
 
-fn inventory(frozen: &Frozen) -> Result<InventoryEntry, DumpError> {
-    let _ = frozen;
-    Ok(InventoryEntry {
+fn inventory() -> InventoryEntry {
+    InventoryEntry {
         fdinfo_per_id: Some(true),
         ns_per_id: Some(true),
         root_ids: Some(own_ids(ENGINE_IDS)),
         root_cg_set: Some(cgroup::ENGINE_SET),
         ..InventoryEntry::default()
-    })
+    }
 }
 
 fn write_stats(options: &DumpOptions, summary: &Summary) -> Result<(), ImageError> {

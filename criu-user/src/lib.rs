@@ -14,6 +14,7 @@ pub mod image;
 #[expect(unsafe_code, reason = "the room for raw system calls")]
 pub mod kernel;
 pub mod lineage;
+pub mod live;
 pub mod object;
 pub mod observer;
 pub mod plan;

@@ -372,8 +372,19 @@ pub trait Opener: fmt::Debug {
         0
     }
 
+    /// The same by any thread, for one that needs no other file.
+    fn apart(&self) -> Option<&dyn Apart> {
+        None
+    }
+
     /// Opens it. Earlier files of the plan are at hand.
     fn open(&self, opened: &Opened) -> Result<OwnedFd, Box<dyn std::error::Error + Send + Sync>>;
+}
+
+/// An opener that needs no other file and may work beside others.
+pub trait Apart: Sync {
+    /// Opens it.
+    fn open(&self) -> Result<OwnedFd, Box<dyn std::error::Error + Send + Sync>>;
 }
 
 /// The files that the engine has opened so far.
@@ -453,7 +464,18 @@ pub struct Connections {
     /// What is done when every task is ready, and packets are still held.
     pub release: Vec<Box<dyn Deed>>,
     /// What is done as soon as they pass again.
-    pub resume: Vec<Box<dyn Deed>>,
+    pub resume: Vec<Resumption>,
+}
+
+/// What is done about a connection as soon as its packets pass again.
+#[derive(Debug)]
+pub struct Resumption {
+    /// The connection.
+    pub of: criu_common::gate::Connection,
+    /// Whether nothing need be done if none of its packets was held.
+    pub quiet: bool,
+    /// What is done.
+    pub deed: Box<dyn Deed>,
 }
 
 /// A restore, before it happens.

@@ -2,22 +2,46 @@
 //!
 //! `E2E_CYCLES` says how often a stream is moved (5 times if it does not).
 
-use std::{env, fs, thread::sleep, time::Duration};
+use std::{env, fs, io::Write, net::TcpStream, thread::sleep, time::Duration};
 
 use e2e::{Options, Program, Row, Workload, rows, workload_rows};
 
+use crate::net::Network;
+
 /// How often a stream is moved.
-fn cycles() -> u32 {
+pub(crate) fn cycles() -> u32 {
     env::var("E2E_CYCLES").map_or(5, |text| text.parse().expect("E2E_CYCLES is a number"))
 }
 
 /// A program that listens, and a peer that has connected to it: both are ready for the second time.
-struct Pair {
-    program: Program,
-    peer: Program,
+pub(crate) struct Pair {
+    pub(crate) program: Program,
+    pub(crate) peer: Program,
 }
 
 impl Pair {
+    /// The peer is in another network; each of both has an environment of its own.
+    pub(crate) fn across(
+        network: &Network,
+        case: &str,
+        family: &str,
+        rounds: u32,
+        [own, peers]: [&[(&str, &str)]; 2],
+    ) -> Self {
+        let workload = |case: &str, environment: &[(&str, &str)]| {
+            let workload = Workload::new("tcp.py", case)
+                .env("E2E_FAMILY", family)
+                .env("E2E_ROUNDS", &rounds.to_string())
+                .env("E2E_ADDRESS", &network.address(family));
+            environment.iter().fold(workload, |workload, (name, value)| workload.env(name, value))
+        };
+        let mut program = workload(case, own).start();
+        let peer = workload(&format!("{case}_peer"), peers).arg(number(&program, "port").to_string());
+        let peer = network.inside(peer).start();
+        program.next();
+        Self { program, peer }
+    }
+
     fn start(case: &str, family: &str, rounds: u32) -> Self {
         let workload =
             |case: &str| Workload::new("tcp.py", case).env("E2E_FAMILY", family).env("E2E_ROUNDS", &rounds.to_string());
@@ -27,8 +51,16 @@ impl Pair {
         Self { program, peer }
     }
 
+    /// Both end at about the same time, and are still there to be asked.
+    pub(crate) fn end_both(&mut self) {
+        self.program.go();
+        self.peer.go();
+        self.peer.wait_for_word("ok");
+        self.program.wait_for_word("ok");
+    }
+
     /// Both check what they have, and end: each may need the other for that.
-    fn finish(mut self) {
+    pub(crate) fn finish(mut self) {
         self.program.go();
         // First the program looks at the state that it is in, which the peer may change.
         sleep(Duration::from_millis(50));
@@ -52,17 +84,17 @@ impl Pair {
 }
 
 /// A number that a program has written into a file.
-fn number(program: &Program, name: &str) -> u64 {
+pub(crate) fn number(program: &Program, name: &str) -> u64 {
     let text = fs::read_to_string(program.file(name)).unwrap_or_else(|error| panic!("the file {name}: {error}"));
     text.parse().unwrap_or_else(|error| panic!("the file {name} says {text:?}: {error}"))
 }
 
-fn kept(row: &Row) -> Row {
+pub(crate) fn kept(row: &Row) -> Row {
     row.with(Options::both(&["--tcp-established"]))
 }
 
 /// Dumps and restores, and sees to it that no gate is left.
-fn move_once(row: &Row, program: &Program) {
+pub(crate) fn move_once(row: &Row, program: &Program) {
     let images = row.dump(program);
     row.restore(program, &images);
     let gates = row.restorer.call(&["gate".into(), "list".into()], &images, "gate").expect_success();
@@ -137,6 +169,26 @@ fn in_flight(row: &Row) {
     pair.peer.wait_for_word("ok");
 }
 
+/// Who asks for a connection while the program is away is not told that nobody listens, but asks again.
+fn late_client(row: &Row) {
+    let mut program = Workload::new("tcp.py", "late_client").start();
+    let port = number(&program, "port") as u16;
+    let locking = row.with(Options { dump: vec!["--lock-listeners".into()], ..Options::default() });
+    let images = locking.dump(&program);
+    // Any address of 127/8 is its own.
+    let client = std::thread::spawn(move || TcpStream::connect(("127.0.0.5", port)));
+    sleep(Duration::from_millis(300));
+    assert!(!client.is_finished(), "the client was answered: {:?}", client.join());
+    let listed = row.dumper.call(&["gate".into(), "list".into()], &images, "gate").expect_success().printed;
+    assert!(listed.contains(&format!("new clients of 127.0.0.1:{port}  held")), "{listed}");
+    row.restore(&program, &images);
+    let mut stream = client.join().expect("the client").expect("a connection");
+    stream.write_all(b"at last").expect("writing to the program");
+    program.finish();
+    let listed = row.dumper.call(&["gate".into(), "list".into()], &images, "gate").expect_success().printed;
+    assert!(!listed.contains(&format!(":{port} ")), "the gate is left: {listed}");
+}
+
 /// What `criu-ebpf tcp` says of a tree and of its images.
 fn shown(row: &Row) {
     let row = kept(row);
@@ -200,6 +252,7 @@ rows! {
     many_connections => many;
     request_sent => syn_sent;
     client_in_flight => in_flight;
+    client_asks_later => late_client;
 
     table => shown;
     urgent_data => |row| refused(row, "urgent", "urgent");
@@ -208,71 +261,13 @@ rows! {
 
 /// The peer is in a network namespace of its own, at the other end of a cable: its address is none of ours.
 mod remote {
-    use std::process::Command;
+    use std::os::unix::fs::PermissionsExt;
 
     use super::*;
-
-    /// A network namespace and a cable to it; both go with this.
-    struct Network {
-        name: String,
-    }
-
-    impl Network {
-        /// `number` tells the networks of one run apart, the process id those of several.
-        fn new(number: u8) -> Self {
-            let pid = std::process::id();
-            let network = Self { name: format!("e2e{pid}-{number}") };
-            let name = &network.name;
-            let subnet = format!("10.{}.{number}", 64 + pid % 128);
-            let v6 = format!("fd00:{:x}:{number}:", pid & 0xffff);
-            ip(&format!("netns add {name}"));
-            ip(&format!("link add e{pid}-{number} type veth peer name peer netns {name}"));
-            ip(&format!("addr add {subnet}.1/24 dev e{pid}-{number}"));
-            ip(&format!("addr add {v6}:1/64 dev e{pid}-{number} nodad"));
-            ip(&format!("link set e{pid}-{number} up"));
-            ip(&format!("-n {name} addr add {subnet}.2/24 dev peer"));
-            ip(&format!("-n {name} addr add {v6}:2/64 dev peer nodad"));
-            ip(&format!("-n {name} link set peer up"));
-            network
-        }
-
-        fn address(&self, family: &str) -> String {
-            let pid = std::process::id();
-            let number = self.name.rsplit('-').next().expect("a number");
-            if family == "v6" {
-                format!("fd00:{:x}:{number}::1", pid & 0xffff)
-            } else {
-                format!("10.{}.{number}.1", 64 + pid % 128)
-            }
-        }
-    }
-
-    impl Drop for Network {
-        fn drop(&mut self) {
-            // The cable goes with its end.
-            let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
-        }
-    }
-
-    fn ip(words: &str) {
-        let status = Command::new("ip").args(words.split(' ')).status().expect("starting ip");
-        assert!(status.success(), "ip {words}: {status}");
-    }
+    use crate::net::Network;
 
     fn pair(network: &Network, case: &str, family: &str, rounds: u32) -> Pair {
-        let workload = |case: &str| {
-            Workload::new("tcp.py", case)
-                .env("E2E_FAMILY", family)
-                .env("E2E_ROUNDS", &rounds.to_string())
-                .env("E2E_ADDRESS", &network.address(family))
-        };
-        let mut program = workload(case).start();
-        let mut peer = workload(&format!("{case}_peer")).arg(number(&program, "port").to_string());
-        let inside = ["ip", "netns", "exec", &network.name];
-        peer.command.splice(0..0, inside.map(std::ffi::OsString::from));
-        let peer = peer.start();
-        program.next();
-        Pair { program, peer }
+        Pair::across(network, case, family, rounds, [&[], &[]])
     }
 
     fn stream(number: u8, family: &str) {
@@ -283,6 +278,49 @@ mod remote {
             move_once(&row, &pair.program);
             pair.program.next();
         }
+        pair.finish();
+    }
+
+    /// The gate stands at an interface as well that comes up while the engine is at work.
+    #[test]
+    fn interface_during_the_dump() {
+        let network = Network::new(7);
+        let pair = pair(&network, "quiet", "v4", 1);
+        let script = pair.program.file("script");
+        let name = format!("e{}-7x", std::process::id());
+        let text = format!(
+            "#!/bin/sh\n[ $CRTOOLS_SCRIPT_ACTION = post-dump ] || exit 0\nip link add {name} type veth peer name {name}p && ip link set {name} up\n"
+        );
+        fs::write(&script, text).expect("writing the script");
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).expect("chmod");
+        let words = vec!["--tcp-established".into(), "--action-script".into(), script.into_os_string()];
+        let row = kept(&Row::ours(e2e::Survey::Proc));
+        let images = row.with(Options { dump: words, ..Options::default() }).dump(&pair.program);
+        let index = fs::read_to_string(format!("/sys/class/net/{name}/ifindex")).expect("the new interface");
+        let own = format!("{}-", pair.program.pid());
+        let gates = fs::read_dir("/sys/fs/bpf/criu-ebpf").expect("the gates").flatten();
+        let gate = gates
+            .map(|gate| gate.path())
+            .find(|gate| gate.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&own)));
+        let pinned = gate.expect("the gate").join(format!("{}-in", index.trim())).exists();
+        network.remove(&name);
+        assert!(pinned, "the gate does not stand at {name}");
+        row.restore(&pair.program, &images);
+        pair.finish();
+    }
+
+    /// An interface that goes and comes back while nobody looks has no gate: the peer may have been told anything.
+    #[test]
+    fn interface_that_came_late() {
+        let network = Network::new(6);
+        let row = kept(&Row::ours(e2e::Survey::Proc));
+        let pair = pair(&network, "quiet", "v4", 1);
+        let images = row.dump(&pair.program);
+        network.replace_cable();
+        row.restorer.restore(&images, &row.options).expect_refusal("came up after the dump");
+        let words = ["--tcp-established", "--network-lock", "skip"].map(Into::into).to_vec();
+        let skipping = row.with(Options { restore: words, ..Options::default() });
+        skipping.restore(&pair.program, &images);
         pair.finish();
     }
 
@@ -349,6 +387,24 @@ mod killed {
         proc::stat(program.pid()).is_some_and(|(state, _)| state != 'Z')
     }
 
+    /// Whether it runs on after its engine was killed. What dies with the engine is told of that before the engine is seen
+    /// to be gone, but may take its time.
+    fn lives_on(program: &Program) -> bool {
+        const SIGKILL: u64 = 1 << (9 - 1);
+        let is_told = || {
+            let status = fs::read_to_string(format!("/proc/{}/status", program.pid())).unwrap_or_default();
+            let pending =
+                status.lines().filter_map(|line| line.strip_prefix("SigPnd:").or(line.strip_prefix("ShdPnd:")));
+            pending.filter_map(|set| u64::from_str_radix(set.trim(), 16).ok()).any(|set| set & SIGKILL != 0)
+        };
+        while runs(program) && is_told() {
+            sleep(Duration::from_millis(1));
+        }
+        sleep(Duration::from_millis(20));
+        reaper::try_reap(program.pid());
+        runs(program)
+    }
+
     /// Gates of this program's that are closed.
     fn gates(row: &Row, program: &Program, images: &Path) -> Vec<String> {
         let listed = row.restorer.call(&["gate".into(), "list".into()], images, "gate").expect_success().printed;
@@ -395,16 +451,16 @@ mod killed {
         let images = row.dump(&pair.program);
         let whole = row.restore(&pair.program, &images).outcome.took;
         let mut moments = Moments::new();
-        for _ in 0..kills() {
+        for kill in 0..kills() {
             wait_for_progress(&pair);
             let images = row.dump(&pair.program);
             let words = row.restorer.restore_words(&images, &row.options);
             row.restorer.killed_after(&words, moments.within(whole));
-            sleep(Duration::from_millis(20));
-            reaper::try_reap(pair.program.pid());
-            if runs(&pair.program) {
+            let (alive, closed) = (lives_on(&pair.program), gates(&row, &pair.program, &images));
+            println!("after kill {kill}: the program {}, gates {closed:?}", if alive { "runs" } else { "is gone" });
+            if alive {
                 // All but the last step was done.
-                for gate in gates(&row, &pair.program, &images) {
+                for gate in closed {
                     let words = ["gate".into(), "clear".into(), gate.into()];
                     row.restorer.call(&words, &images, "gate").expect_success();
                 }

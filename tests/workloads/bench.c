@@ -197,33 +197,6 @@ static const struct {
 	{ "processes", make_processes, check_processes }, { "descriptors", make_descriptors, check_descriptors },
 };
 
-static long time_of_day(void)
-{
-	struct timespec t;
-	clock_gettime(CLOCK_REALTIME, &t);
-	return t.tv_sec * 1000000000L + t.tv_nsec;
-}
-
-/* The longest gap until the next word to go on. Nothing that could wait for a disk happens between two looks. */
-static long watch_clock(void)
-{
-	long gap = 0, last = time_of_day();
-	for (unsigned long i = 1;; i++) {
-		struct timespec nap = { 0, 20000 };
-		if (i % 512 == 0) {
-			if (told_to_go())
-				break;
-			last = time_of_day();
-		}
-		nanosleep(&nap, NULL);
-		long now = time_of_day();
-		if (now - last > gap)
-			gap = now - last;
-		last = now;
-	}
-	return gap;
-}
-
 int main(int argc, char **argv)
 {
 	char line[64];

@@ -3,7 +3,9 @@
 Cases come in pairs: `NAME` is the program that is dumped and restored, `NAME_peer` goes on meanwhile, and must not notice.
 The program listens and writes its port into a file; the peer gets that port as its second argument. Both are ready for
 the first time when they know of each other, and for the second when the connection is in the state to be carried over.
-`E2E_FAMILY` says how they talk: v4, v6, or mapped (the program's socket is IPv6, the peer's IPv4).
+`E2E_FAMILY` says how they talk: v4, v6, or mapped (the program's socket is IPv6, the peer's IPv4). `E2E_SLOW` makes one
+end of a stream read and write so slowly that the other's queues are full, and `E2E_OPTIONS` says what both must have
+agreed on (bits of TCP_INFO).
 """
 
 import os
@@ -20,6 +22,8 @@ FAMILY = os.environ.get("E2E_FAMILY", "v4")
 # Where the program listens, as its peer sees it.
 ADDRESS = os.environ.get("E2E_ADDRESS", "::1" if FAMILY == "v6" else "127.0.0.1")
 ROUNDS = int(os.environ.get("E2E_ROUNDS", "1"))
+SLOW = float(os.environ.get("E2E_SLOW", "0"))
+OPTIONS = int(os.environ["E2E_OPTIONS"]) if "E2E_OPTIONS" in os.environ else None
 ESTABLISHED, SYN_SENT, FIN_WAIT1, FIN_WAIT2, CLOSE, CLOSE_WAIT, LAST_ACK, CLOSING = 1, 2, 4, 5, 7, 8, 9, 11
 
 # What every stream carries: any piece of it tells where it belongs.
@@ -180,9 +184,11 @@ class Stream(threading.Thread):
 
     def end(self):
         self.stop.set()
-        self.join(60)
+        self.join(120)
         check(not self.is_alive(), f"the stream does not end: {self.sent} sent, {self.received} received")
         self.alive()
+        with open(path("totals"), "w") as file:
+            file.write(f"{self.sent} {self.received}")
 
 
 @case
@@ -190,8 +196,9 @@ def stream():
     """Numbered bytes both ways, over and over."""
     sock = yield from serve()
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    flow = Stream(sock)
+    flow = Stream(sock, SLOW)
     before = info(sock)
+    check(OPTIONS in (None, before[1] & 7), f"agreed on {before[1]}, not on {OPTIONS}")
     for _ in range(ROUNDS + 1):
         seen = flow.sent, flow.received
         wait_for(lambda: flow.failure or flow.sent > seen[0] and flow.received > seen[1], f"the stream after {seen}", 30)
@@ -203,8 +210,11 @@ def stream():
 
 @case
 def stream_peer():
-    flow = Stream(call(), 0.0005)
+    sock = call()
+    flow = Stream(sock, SLOW or 0.0005)
+    before = info(sock)[1:]
     yield
+    equal(info(sock)[1:], before, "options and scales")
     flow.end()
 
 
@@ -686,6 +696,19 @@ def in_flight_peer():
     sock.close()
     sock = call()
     sock.sendall(b"a new one")
+
+
+@case
+def late_client():
+    """A client asks for a connection while the program is away. It listens at any address."""
+    sock = socket.socket()
+    sock.bind(("", 0))
+    sock.listen(8)
+    announce(sock.getsockname()[1])
+    yield
+    sock.settimeout(30)
+    end, _ = sock.accept()
+    equal(end.recv(100), b"at last", "what the client says")
 
 
 @case

@@ -36,6 +36,19 @@ pub fn obstacle(filters: &[Filter]) -> Option<&'static str> {
     stuck.map(|step| step.name)
 }
 
+/// What a process does beside that while a copy of it is made (see `copy`): in a batch, which goes on without the engine.
+const COPYING: &[Step] = &[
+    step("clone3", libc::SYS_clone3, [0, 64, 0, 0, 0, 0], Verdict::Fails),
+    step("wait4", libc::SYS_wait4, [0, 0, libc::__WALL as u64, 0, 0, 0], Verdict::Allowed),
+    step("prctl", libc::SYS_prctl, [libc::PR_SET_CHILD_SUBREAPER as u64, 1, 0, 0, 0, 0], Verdict::Allowed),
+];
+
+/// The first call that a thread with these filters could not make alone while it is copied.
+pub fn obstacle_to_copying(filters: &[Filter]) -> Option<&'static str> {
+    let stuck = COPYING.iter().find(|step| verdict(filters, &step.call) > step.bearable);
+    stuck.map(|step| step.name)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -57,5 +70,8 @@ mod tests {
         assert_eq!(obstacle(&about(libc::SYS_memfd_create, ERRNO)), None);
         assert_eq!(obstacle(&about(libc::SYS_memfd_create, 0)), Some("memfd_create"));
         assert_eq!(obstacle(&about(libc::SYS_execve, 0)), None);
+        assert_eq!(obstacle_to_copying(&about(libc::SYS_clone3, ERRNO)), None);
+        assert_eq!(obstacle_to_copying(&about(libc::SYS_clone3, 0)), Some("clone3"));
+        assert_eq!(obstacle_to_copying(&about(libc::SYS_wait4, ERRNO)), Some("wait4"));
     }
 }

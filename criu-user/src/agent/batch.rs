@@ -105,6 +105,11 @@ impl Batch {
         self.push(nr, args, FORK, child)
     }
 
+    /// The same for a call that may fail: the batch goes on, in the caller.
+    pub fn try_fork(&mut self, nr: i64, args: &[Arg], child: u64) -> CallId {
+        self.push(nr, args, FORK | GO_ON, child)
+    }
+
     /// Room for `len` bytes that a call fills.
     pub fn room(&mut self, len: usize) -> Room {
         // The kernel wants its structures aligned.
@@ -119,6 +124,11 @@ impl Batch {
         let room = self.room(bytes.len());
         self.data[room.offset..room.offset + bytes.len()].copy_from_slice(bytes);
         room
+    }
+
+    /// Puts a number into `place`, as part of a structure that a call reads.
+    pub fn set_u64(&mut self, place: Room, value: u64) {
+        self.data[place.offset..place.offset + 8].copy_from_slice(&value.to_le_bytes());
     }
 
     /// Puts the address of `target` into `place`, as part of a structure that a call reads.

@@ -11,9 +11,9 @@
 //! | r14 | flags of the record |
 //! | r15 | area of a task that the record creates |
 //!
-//! Area header: 0 socket pair (guest) or turn word (crew) · 16 records left · 24 offset of the first record ·
-//! 32 further threads inside (guest) · 40 this area is a further thread's (guest) · 48 expected parent (crew) ·
-//! 64 the control message that brought a descriptor from the engine (guest); all zero without one.
+//! Area header: 0 socket pair (guest) or turn word (crew) · 8 this area is a copy's, which never goes home (guest) ·
+//! 16 records left · 24 offset of the first record · 32 further threads inside (guest) · 40 this area is a further
+//! thread's (guest) · 48 expected parent (crew) · 64 the control message that brought one or two descriptors from the engine (guest); all zero without one.
 
 use std::arch::global_asm;
 
@@ -263,7 +263,7 @@ criu_guest_socketpair_done:             // the engine takes the far end and the 
     syscall
     cmp rax, 16
     jne 94f
-91: criu_run 90b
+91: criu_run 89f
     cmp dword ptr [r12 + 40], 0
     jne 98f
     mov eax, 44                         // sendto(socket, header, 16, NOSIGNAL): no SIGPIPE for the program
@@ -275,10 +275,19 @@ criu_guest_socketpair_done:             // the engine takes the far end and the 
     xor r9d, r9d
     syscall
     jmp 90b
-94: cmp qword ptr [r12 + 64], 0         // a descriptor that the engine has lent
+89: mov r13d, [r12]                     // a copy of the process begins here, with a batch and a socket of its own
+    jmp 91b
+94: cmp dword ptr [r12 + 8], 0          // and ends here: home is its original's
+    jne 99f
+    cmp qword ptr [r12 + 64], 0         // what the engine has lent: a descriptor,
     je 93f
     mov eax, 3                          // close
     mov edi, [r12 + 80]
+    syscall
+    mov edi, [r12 + 84]                 // and perhaps another, whose number is the higher one
+    test edi, edi
+    jz 93f
+    mov eax, 3                          // close
     syscall
 93: mov eax, 3                          // close(socket)
     mov edi, r13d
@@ -310,6 +319,10 @@ criu_guest_thread:
     add r12, [rip + criu_guest_area]
     lock dec dword ptr [r12 + 32]
     criu_go_home criu_guest_thread_home_data, criu_guest_thread_home_done
+99: mov eax, 231                        // exit_group
+    xor edi, edi
+    syscall
+    ud2                                 // whatever a filter makes of that
 
 criu_guest_name:
     .asciz "criu-ebpf"

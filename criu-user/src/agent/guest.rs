@@ -7,6 +7,7 @@
 
 use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -20,7 +21,7 @@ use crate::kernel::ptrace::{self, Stop};
 use crate::kernel::regs;
 use crate::kernel::{SysError, error::During};
 
-use super::batch::{Batch, HEADER, Outcome};
+use super::batch::{Arg, Batch, CallId, HEADER, Outcome, Room};
 use super::code::{self, GuestLayout, Home};
 use super::{AgentError, slack};
 use crate::kernel::survey::Vma;
@@ -29,8 +30,14 @@ use crate::kernel::survey::Vma;
 pub const AREA: usize = 1 << 20;
 /// The part of it in which a further thread's batches run.
 const THREAD_AREA: usize = AREA - (64 << 10);
+/// The part in which a copy of the process runs its batches.
+pub(super) const COPY_AREA: usize = THREAD_AREA - COPY_ROOM;
+/// Size of that part.
+pub(super) const COPY_ROOM: usize = 256 << 10;
+/// The part for the one that makes the copy.
+pub(super) const MAKER_AREA: usize = COPY_AREA - (4 << 10);
 const ALL_SIGNALS: u64 = u64::MAX;
-/// Where the message with a lent descriptor lies in the area (see `code`): a `struct cmsghdr` with one descriptor, padded.
+/// Where the message with lent descriptors lies in the area (see `code`): a `struct cmsghdr` with one or two of them.
 const LENT: usize = 64;
 const LENT_LEN: u64 = 24;
 
@@ -50,18 +57,28 @@ pub struct Stopped {
 /// The agent inside one process.
 #[derive(Debug)]
 pub struct Guest<'a> {
-    pid: Pid,
-    thread: Stopped,
+    pub(super) pid: Pid,
+    pub(super) thread: Stopped,
     memory: &'a ProcessMemory,
-    code: u64,
+    pub(super) code: u64,
     layout: GuestLayout,
     socket: Option<OwnedFd>,
-    area: SharedMap,
+    pub(super) area: Rc<SharedMap>,
     /// Where the process sees the area.
-    area_there: u64,
-    /// Number of the descriptor that it has been lent.
-    lent: Option<i32>,
+    pub(super) area_there: u64,
+    /// The descriptor that it has been lent.
+    lent: Option<Lent>,
     home: bool,
+}
+
+/// A descriptor that a process has been lent: its number there.
+#[derive(Debug, Clone, Copy)]
+struct Lent {
+    fd: i32,
+    /// A second one, with a higher number.
+    second: Option<i32>,
+    /// Whether it has served its turn, so that the next takes its number.
+    done: bool,
 }
 
 impl<'a> Guest<'a> {
@@ -129,6 +146,7 @@ impl<'a> Guest<'a> {
             }
         };
         ptrace::cont(thread.tid, 0)?;
+        let area = Rc::new(area);
         Ok(Self { pid, thread, memory, code, layout, socket: Some(socket), area, area_there, lent: None, home: false })
     }
 
@@ -139,62 +157,40 @@ impl<'a> Guest<'a> {
 
     /// Makes the calls of a batch in the process, in its first thread.
     pub fn run(&mut self, batch: &Batch) -> Result<Outcome, AgentError> {
-        self.run_with(batch, None)
+        self.run_with(batch, &[])
     }
 
-    fn run_with(&mut self, batch: &Batch, file: Option<BorrowedFd<'_>>) -> Result<Outcome, AgentError> {
-        let room = THREAD_AREA;
+    fn run_with(&mut self, batch: &Batch, files: &[BorrowedFd<'_>]) -> Result<Outcome, AgentError> {
+        self.begin(batch)?;
+        if !files.is_empty() {
+            send_files(self.socket()?, files)?;
+        }
+        self.end(batch)
+    }
+
+    /// Has the process begin a batch.
+    pub(super) fn begin(&mut self, batch: &Batch) -> Result<(), AgentError> {
+        let room = MAKER_AREA;
         if batch.size() > room {
             return Err(AgentError::TooLarge { needed: batch.size(), room });
         }
         self.area.write(HEADER, &batch.encode(self.area_there));
-        let mut message = [0u8; 16];
-        message[..8].copy_from_slice(&(batch.len() as u64).to_le_bytes());
-        message[8..].copy_from_slice(&(HEADER as u64).to_le_bytes());
-        let socket = self.socket()?.as_raw_fd();
-        send(socket, &message, MsgFlags::MSG_NOSIGNAL).during("send", "agent's socket")?;
-        if let Some(file) = file {
-            let fds = [file.as_raw_fd()];
-            let rights = [ControlMessage::ScmRights(&fds)];
-            sendmsg::<()>(socket, &[IoSlice::new(b"f")], &rights, MsgFlags::MSG_NOSIGNAL, None)
-                .during("sendmsg", "agent's socket")?;
-        }
-        self.wait_for_reply(&mut message)?;
-        let mut word = [0; 8];
-        word.copy_from_slice(&message[..8]);
-        Ok(batch.outcome(u64::from_le_bytes(word) as usize, &self.area.read(0, batch.size())))
+        send_header(self.socket()?, batch)
     }
 
-    fn socket(&self) -> Result<&OwnedFd, AgentError> {
+    /// Waits until the process has done the batch.
+    pub(super) fn end(&mut self, batch: &Batch) -> Result<Outcome, AgentError> {
+        let left = wait_for_reply(self.socket()?, self.thread.tid, self.pid)?;
+        Ok(batch.outcome(left, &self.area.read(0, batch.size())))
+    }
+
+    pub(super) fn socket(&self) -> Result<&OwnedFd, AgentError> {
         self.socket.as_ref().ok_or(AgentError::Gone { pid: self.pid.as_raw() })
     }
 
-    fn wait_for_reply(&mut self, message: &mut [u8; 16]) -> Result<(), AgentError> {
-        let gone = AgentError::Gone { pid: self.pid.as_raw() };
-        let socket = self.socket()?;
-        loop {
-            let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-            match poll(&mut fds, PollTimeout::from(50u8)) {
-                Ok(0) => self.keep_going()?,
-                Ok(_) => break,
-                Err(Errno::EINTR) => {}
-                Err(e) => return Err(SysError::new("poll", "agent's socket", e).into()),
-            }
-        }
-        match recv(socket.as_raw_fd(), message, MsgFlags::empty()) {
-            Ok(16) => Ok(()),
-            _ => Err(gone),
-        }
-    }
-
-    /// A signal that cannot be blocked (SIGSTOP) may have stopped the thread while it works.
-    fn keep_going(&self) -> Result<(), AgentError> {
-        match ptrace::try_wait(self.thread.tid)? {
-            None => Ok(()),
-            Some(Stop::Exited) => Err(AgentError::Gone { pid: self.pid.as_raw() }),
-            Some(Stop::Signal(signal)) => Ok(ptrace::cont(self.thread.tid, signal)?),
-            Some(_) => Ok(ptrace::cont(self.thread.tid, 0)?),
-        }
+    /// The number of its own end of the socket.
+    pub(super) fn socket_there(&self) -> u32 {
+        self.area.read_u64(0) as u32
     }
 
     /// Makes the calls of a batch in another thread of the process, which stands still before and after.
@@ -220,32 +216,58 @@ impl<'a> Guest<'a> {
         Ok(batch.outcome(left, &self.area.read(THREAD_AREA, batch.size())))
     }
 
-    /// Gives the process a descriptor of a file of ours, and tells its number there. It keeps the one that it has: it is
-    /// the last thing that is closed on the way home, with the engine's help or without.
+    /// Gives the process a descriptor of a file of ours, and tells its number there. It keeps the one that it has, until
+    /// [`Guest::takes_another`]: it is the last thing that is closed on the way home, with the engine's help or without.
     pub fn lend(&mut self, file: impl AsFd) -> Result<i32, AgentError> {
-        if let Some(fd) = self.lent {
-            return Ok(fd);
+        match self.lent {
+            Some(lent) if !lent.done => Ok(lent.fd),
+            _ => self.lend_anew(file.as_fd(), None),
         }
-        let ours = self.area.read_u64(0) as u32;
-        let mut batch = Batch::new();
-        let byte = batch.room(1);
-        let iov = batch.bytes(&[0, 1].map(u64::to_le_bytes).concat());
-        batch.link(iov, byte);
-        // struct msghdr: name, namelen, iov, iovlen, control, controllen, flags. The control message goes to where the
-        // guest looks for it on its way home.
-        let control = self.area_there + LENT as u64;
-        let header = batch.bytes(&[0, 0, 0, 1, control, LENT_LEN, 0].map(u64::to_le_bytes).concat());
-        batch.link(header.at(16), iov);
-        let receive =
-            batch.call(libc::SYS_recvmsg, &[ours.into(), header.into(), (libc::MSG_CMSG_CLOEXEC as u64).into()]);
-        let outcome = self.run_with(&batch, Some(file.as_fd()))?;
-        let truncated = outcome.u32(header, 48) & libc::MSG_CTRUNC as u32 != 0;
+    }
+
+    /// Gives it a file, and perhaps a second one, in place of what it has. What it has no second one for takes both places.
+    pub(super) fn lend_anew(
+        &mut self,
+        file: BorrowedFd<'_>,
+        second: Option<BorrowedFd<'_>>,
+    ) -> Result<i32, AgentError> {
+        let (mut batch, socket) = (Batch::new(), self.socket_there());
+        let files: Vec<BorrowedFd<'_>> = [Some(file), second].into_iter().flatten().collect();
+        let received = match self.lent {
+            Some(lent) => {
+                // Under the numbers that stand where the guest looks for them on its way home.
+                let received = Received::ask(&mut batch, socket, None);
+                let numbers = [Some(lent.fd), lent.second];
+                for (n, number) in numbers.into_iter().flatten().enumerate() {
+                    let from = received.fd(n.min(files.len() - 1));
+                    batch.call(libc::SYS_dup3, &[from, number.into(), libc::O_CLOEXEC.into()]);
+                }
+                for n in 0..files.len() {
+                    batch.call(libc::SYS_close, &[received.fd(n)]);
+                }
+                received
+            }
+            None => Received::ask(&mut batch, socket, Some(self.area_there + LENT as u64)),
+        };
+        let outcome = self.run_with(&batch, &files)?;
+        if self.lent.is_none() {
+            // Where there was no room for all, some may have come.
+            let number = |at: usize| (self.area.read_u64(at) as u32 as i32, self.area.read_u64(LENT) != 0);
+            let ((fd, any), (second, _)) = (number(LENT + 16), number(LENT + 20));
+            self.lent = any.then_some(Lent { fd, second: (second != 0).then_some(second), done: true });
+        }
         let no_room = |errno| AgentError::NoRoom { pid: self.pid.as_raw(), area: AREA, errno };
-        outcome.ret(receive).map_err(no_room)?;
-        if truncated {
-            return Err(no_room(Errno::EMFILE));
+        received.check(&outcome).map_err(no_room)?;
+        let lent = self.lent.as_mut().ok_or_else(|| no_room(Errno::EBADF))?;
+        lent.done = false;
+        Ok(lent.fd)
+    }
+
+    /// What it was lent has served its turn: the next takes its place.
+    pub fn takes_another(&mut self) {
+        if let Some(lent) = &mut self.lent {
+            lent.done = true;
         }
-        Ok(*self.lent.insert(self.area.read_u64(LENT + 16) as i32))
     }
 
     /// Whether the agent's code stands between two addresses.
@@ -255,10 +277,7 @@ impl<'a> Guest<'a> {
 
     /// Makes bytes read from `start` on look as if the agent were not there.
     pub fn hide(&self, start: u64, bytes: &mut [u8]) {
-        let len = bytes.len();
-        let from = self.code.saturating_sub(start).min(len as u64) as usize;
-        let to = (self.code + code::guest_len() as u64).saturating_sub(start).min(len as u64) as usize;
-        bytes[from..to].fill(0);
+        hide(self.code, start, bytes);
     }
 
     /// Leaves the process as it was found.
@@ -284,6 +303,112 @@ impl Drop for Guest<'_> {
         if let Err(err) = self.go_home() {
             tracing::debug!(pid = self.pid.as_raw(), %err, "the agent found its way home by itself");
         }
+    }
+}
+
+/// Puts zeros where the code stands at address `code`, in bytes read from `start` on.
+pub(super) fn hide(code: u64, start: u64, bytes: &mut [u8]) {
+    let len = bytes.len();
+    let from = code.saturating_sub(start).min(len as u64) as usize;
+    let to = (code + code::guest_len() as u64).saturating_sub(start).min(len as u64) as usize;
+    bytes[from..to].fill(0);
+}
+
+/// The call that receives a descriptor which [`send_files`] has sent.
+#[derive(Debug)]
+pub(super) struct Received {
+    call: CallId,
+    /// A `struct msghdr`: name, namelen, iov, iovlen, control, controllen, flags.
+    header: Room,
+    control: Room,
+}
+
+impl Received {
+    /// Asks for it; the control message that brings it goes to the address `control` of the process, or into the batch.
+    pub(super) fn ask(batch: &mut Batch, socket: u32, control: Option<u64>) -> Self {
+        let byte = batch.room(1);
+        let iov = batch.bytes(&[0, 1].map(u64::to_le_bytes).concat());
+        batch.link(iov, byte);
+        // Behind it is room for a call to take eight bytes from the second number.
+        let room = batch.room(LENT_LEN as usize + 8);
+        let header = batch.bytes(&[0, 0, 0, 1, control.unwrap_or(0), LENT_LEN, 0].map(u64::to_le_bytes).concat());
+        batch.link(header.at(16), iov);
+        if control.is_none() {
+            batch.link(header.at(32), room);
+        }
+        let flags = (libc::MSG_CMSG_CLOEXEC as u64).into();
+        let call = batch.call(libc::SYS_recvmsg, &[socket.into(), header.into(), flags]);
+        Self { call, header, control: room }
+    }
+
+    /// The number of the nth, for a later call of the batch that takes 32 bits.
+    pub(super) fn fd(&self, nth: usize) -> Arg {
+        Arg::ValueAt(self.control.at(16 + 4 * nth))
+    }
+
+    /// Its number, from what came of the batch.
+    pub(super) fn number(&self, outcome: &Outcome) -> Result<i32, Errno> {
+        self.check(outcome).map(|()| outcome.u32(self.control, 16) as i32)
+    }
+
+    fn check(&self, outcome: &Outcome) -> Result<(), Errno> {
+        outcome.ret(self.call)?;
+        let truncated = outcome.u32(self.header, 48) & libc::MSG_CTRUNC as u32 != 0;
+        if truncated { Err(Errno::EMFILE) } else { Ok(()) }
+    }
+}
+
+/// Tells an agent to run the batch that stands in its area.
+pub(super) fn send_header(socket: &OwnedFd, batch: &Batch) -> Result<(), AgentError> {
+    let mut message = [0u8; 16];
+    message[..8].copy_from_slice(&(batch.len() as u64).to_le_bytes());
+    message[8..].copy_from_slice(&(HEADER as u64).to_le_bytes());
+    send(socket.as_raw_fd(), &message, MsgFlags::MSG_NOSIGNAL).during("send", "agent's socket")?;
+    Ok(())
+}
+
+/// Sends an agent descriptors.
+pub(super) fn send_files(socket: &OwnedFd, files: &[BorrowedFd<'_>]) -> Result<(), AgentError> {
+    let fds: Vec<i32> = files.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&fds)];
+    sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(b"f")], &rights, MsgFlags::MSG_NOSIGNAL, None)
+        .during("sendmsg", "agent's socket")?;
+    Ok(())
+}
+
+/// Waits for the end of a batch, and says how many calls were not done.
+pub(super) fn wait_for_reply(socket: &OwnedFd, tid: Pid, pid: Pid) -> Result<usize, AgentError> {
+    let mut message = [0u8; 16];
+    receive(socket, tid, pid, &mut message)?;
+    let mut word = [0; 8];
+    word.copy_from_slice(&message[..8]);
+    Ok(u64::from_le_bytes(word) as usize)
+}
+
+/// Waits for a message that fills `message`.
+pub(super) fn receive(socket: &OwnedFd, tid: Pid, pid: Pid, message: &mut [u8]) -> Result<(), AgentError> {
+    loop {
+        let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, PollTimeout::from(50u8)) {
+            Ok(0) => keep_going(tid, pid)?,
+            Ok(_) => break,
+            Err(Errno::EINTR) => {}
+            Err(e) => return Err(SysError::new("poll", "agent's socket", e).into()),
+        }
+    }
+    match recv(socket.as_raw_fd(), message, MsgFlags::empty()) {
+        Ok(n) if n == message.len() => Ok(()),
+        _ => Err(AgentError::Gone { pid: pid.as_raw() }),
+    }
+}
+
+/// A signal that cannot be blocked (SIGSTOP) may have stopped the thread while it works.
+fn keep_going(tid: Pid, pid: Pid) -> Result<(), AgentError> {
+    match ptrace::try_wait(tid)? {
+        None => Ok(()),
+        Some(Stop::Exited) => Err(AgentError::Gone { pid: pid.as_raw() }),
+        Some(Stop::Signal(signal)) => Ok(ptrace::cont(tid, signal)?),
+        Some(_) => Ok(ptrace::cont(tid, 0)?),
     }
 }
 
@@ -348,7 +473,7 @@ fn is_entry(regs: &libc::user_regs_struct) -> bool {
 }
 
 /// Stops a running thread.
-fn stop(tid: Pid) -> Result<(), AgentError> {
+pub(super) fn stop(tid: Pid) -> Result<(), AgentError> {
     ptrace::interrupt(tid)?;
     loop {
         match ptrace::wait(tid)? {

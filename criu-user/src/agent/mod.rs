@@ -7,11 +7,13 @@
 pub mod alone;
 pub mod batch;
 pub mod code;
+pub mod copy;
 pub mod crew;
 pub mod guest;
 pub mod slack;
 
 pub use batch::{Arg, Batch, CallId, Outcome, Room};
+pub use copy::{Aside, Copied};
 pub use crew::{Crew, Member};
 pub use guest::Guest;
 
@@ -42,6 +44,14 @@ pub enum AgentError {
         pid: i32,
         /// Size of the shared area.
         area: usize,
+        /// Why.
+        errno: nix::errno::Errno,
+    },
+    /// The process could not be copied.
+    #[error("pid {pid}: no copy of the process can be made ({})", errno.desc())]
+    NoCopy {
+        /// The process.
+        pid: i32,
         /// Why.
         errno: nix::errno::Errno,
     },

@@ -35,6 +35,9 @@ pub(super) struct DumpArgs {
     /// Let the tree run on after the dump
     #[arg(short = 'R', long)]
     leave_running: bool,
+    /// Freeze the tree only for its small state: its memory, as it is then, is written from copies while it runs on
+    #[arg(long, requires = "leave_running", conflicts_with_all = ["track_mem", "prev_images_dir", "auto_dedup"])]
+    live: bool,
     /// Leave the tree stopped (SIGSTOP) after the dump
     #[arg(short = 's', long, conflicts_with = "leave_running")]
     leave_stopped: bool,
@@ -74,6 +77,10 @@ pub(super) struct DumpArgs {
     /// Drop clients that no server has accepted yet
     #[arg(long)]
     skip_in_flight: bool,
+    /// Drop requests for connections with listening sockets until the restore: clients try again later, instead of being
+    /// told that nobody listens
+    #[arg(long)]
+    lock_listeners: bool,
     /// How the packets of connections are held until the restore
     #[arg(long, value_name = "METHOD", value_enum, default_value = "ebpf")]
     network_lock: NetworkLock,
@@ -168,12 +175,14 @@ pub(super) fn run(args: DumpArgs) -> Outcome {
             (_, true) => Release::Stop,
             _ => Release::Kill,
         },
+        live: args.live,
         timeout: Duration::from_secs(args.timeout),
         shell_job: args.shell_job,
         ext_unix_sk: args.ext_unix_sk,
         tcp_close: args.tcp_close,
         tcp_established: args.tcp_established,
         skip_in_flight: args.skip_in_flight,
+        lock_listeners: args.lock_listeners,
         network_lock: args.network_lock,
         manage_cgroups: args.manage_cgroups,
         freeze_cgroup: args.freeze_cgroup,
@@ -289,6 +298,9 @@ fn report(common: &Common, summary: &Summary) -> Result<(), CliError> {
             summary.frozen.as_secs_f64() * 1e3,
             summary.total.as_secs_f64() * 1e3,
         ));
+    }
+    for process in summary.not_copied.iter().filter(|_| !common.json && !common.quiet) {
+        say(format_args!("not live: {process}"));
     }
     if common.display_stats && !common.json {
         say(format_args!("freezing:      {} us", summary.freezing.as_micros()));

@@ -48,6 +48,8 @@ struct Shown {
 struct ShownConnection {
     local: String,
     remote: String,
+    /// Whether it stands for all that ask for a connection; then there is no other end.
+    new_clients: bool,
     held_from_peer: u64,
     held_to_peer: u64,
 }
@@ -69,6 +71,10 @@ fn list(json: bool) -> Outcome {
         let (name, age, held) = (&gate.name, gate.age.as_secs(), gate.connections.len());
         say(format_args!("{name}  closed for {age} s, {held} connections"));
         for connection in gate.connections {
+            if connection.new_clients {
+                say(format_args!("  new clients of {}  held {} requests", connection.local, connection.held_from_peer));
+                continue;
+            }
             say(format_args!(
                 "  {} to {}  held {} packets from the peer, {} to it",
                 connection.local, connection.remote, connection.held_from_peer, connection.held_to_peer
@@ -86,6 +92,7 @@ fn show(gate: Pinned) -> Result<Shown, CliError> {
         ShownConnection {
             local: ends.local.to_string(),
             remote: ends.remote.to_string(),
+            new_clients: key.is_asking(),
             held_from_peer: held.from_peer,
             held_to_peer: held.to_peer,
         }

@@ -9,9 +9,11 @@ mod error;
 mod fill;
 mod go;
 mod layout;
+mod open;
 
 use std::time::{Duration, Instant};
 
+use criu_common::gate::Held;
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::unistd::Pid;
 use tracing::{debug, info, warn};
@@ -41,13 +43,7 @@ pub fn execute(plan: &Plan, options: &RestoreOptions, observer: &dyn Observer) -
 fn execute_locked(plan: &Plan, options: &RestoreOptions, observer: &dyn Observer) -> Result<Pid, ExecuteError> {
     refuse_taken_pids(plan)?;
     let gate = options.network_lock.close(&plan.connections).map_err(ObjectError::from)?;
-    let mut opened = Opened::default();
-    for opener in &plan.opens {
-        debug!("{}", opener.describe());
-        let file = opener.open(&opened).map_err(|source| ExecuteError::Open { what: opener.describe(), source })?;
-        observer.moved(opener.memory());
-        opened.push(crate::kernel::fd::duplicate_above(&file, plan.first_free_fd)?);
-    }
+    let opened = open::open_all(plan, observer)?;
     info!(files = opened.len(), "files are open");
     // Until they go on, nothing may interrupt the tasks.
     let mask = |set: &SigSet| sigprocmask(SigmaskHow::SIG_SETMASK, Some(set), None).during("sigprocmask", "restore");
@@ -212,12 +208,19 @@ impl Run<'_> {
 
     /// Lets packets of connections pass. Nothing can be taken back any more: what fails is told.
     fn connect(&mut self) {
-        if let Some(Err(err)) = self.gate.as_ref().map(Gate::unlock) {
-            tracing::error!(%err, "the connections of the tree are still held");
-        }
-        for deed in &self.plan.connections.resume {
-            if let Err(err) = deed.run(&self.opened) {
-                warn!(%err, "{} did not work", deed.describe());
+        // How many packets of each were held, as far as that is known since before the dump's first look at them.
+        let held = match self.gate.as_ref().map(Gate::unlock) {
+            Some(Ok(held)) => held,
+            Some(Err(err)) => {
+                tracing::error!(%err, "the connections of the tree are still held");
+                None
+            }
+            None => None,
+        };
+        let was_held = |of| held.as_ref().is_none_or(|held| held.get(of).is_none_or(|held| *held != Held::default()));
+        for resumption in self.plan.connections.resume.iter().filter(|r| !r.quiet || was_held(&r.of)) {
+            if let Err(err) = resumption.deed.run(&self.opened) {
+                warn!(%err, "{} did not work", resumption.deed.describe());
             }
         }
         self.opened = Opened::default();

@@ -20,6 +20,7 @@ use nix::{
     dir::Dir,
     errno::Errno,
     fcntl::{AtFlags, OFlag, openat, readlinkat, renameat},
+    sys::memfd::{MFdFlags, memfd_create},
     sys::stat::{Mode, SFlag, fstatat},
     unistd::{UnlinkatFlags, symlinkat, syncfs, unlinkat},
 };
@@ -153,6 +154,18 @@ impl ImageDir {
     pub fn create_file(&self, name: impl Into<ImageName>) -> Result<File, ImageError> {
         self.clear()?;
         self.place.make(name.into())
+    }
+
+    /// A file without a name on the same file system, for what has no place yet; where there is none to be had, in
+    /// memory.
+    pub fn scratch(&self) -> Result<File, ImageError> {
+        let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
+        match openat(&self.place.dir, ".", flags, Mode::S_IRUSR | Mode::S_IWUSR) {
+            Err(Errno::EOPNOTSUPP | Errno::EISDIR) => memfd_create(c"criu-ebpf-scratch", MFdFlags::MFD_CLOEXEC)
+                .map_err(|e| failed(self.path(), "memfd_create", e.into())),
+            other => other.map_err(|e| failed(self.path(), "open(O_TMPFILE)", e.into())),
+        }
+        .map(File::from)
     }
 
     /// Writes a file with one message.

@@ -25,6 +25,9 @@ pub const SUSPEND_SECCOMP: i32 = 1 << 21;
 pub const TRACE_SYSGOOD: i32 = 1;
 /// PTRACE_O_EXITKILL: the tracee dies with its tracer.
 pub const EXIT_KILL: i32 = 1 << 20;
+/// PTRACE_O_TRACEFORK, VFORK and CLONE: what the tracee creates is traced from its first instruction on, with the same
+/// options.
+pub const TRACE_CHILDREN: i32 = libc::PTRACE_O_TRACEFORK | libc::PTRACE_O_TRACEVFORK | libc::PTRACE_O_TRACECLONE;
 /// Bytes of a queued signal's description.
 pub const SIGINFO_LEN: usize = 128;
 
@@ -76,6 +79,11 @@ pub fn seize(tid: Pid, options: i32) -> SysResult<()> {
 pub fn set_options(tid: Pid, options: i32) -> SysResult<()> {
     ptrace::setoptions(tid, ptrace::Options::from_bits_retain(options))
         .during("ptrace(SETOPTIONS)", format!("tid {tid}"))
+}
+
+/// What a tracee that stands at an event has to say about it: the pid of its child, at the birth of one.
+pub fn event_message(tid: Pid) -> SysResult<i64> {
+    ptrace::getevent(tid).during("ptrace(GETEVENTMSG)", format!("tid {tid}"))
 }
 
 /// Asks a seized thread to stop.

@@ -135,9 +135,11 @@ pub fn option(fd: impl AsFd, level: i32, option: i32, room: usize) -> SysResult<
 
 /// The value of an option that is a number (of whatever size).
 pub fn number(fd: impl AsFd, level: i32, name: i32) -> SysResult<i32> {
-    let bytes = option(fd, level, name, 4)?;
-    let mut word = [0; 4];
-    word[..bytes.len()].copy_from_slice(&bytes);
+    let fd = fd.as_fd();
+    let (mut word, mut len) = ([0; 4], 4u32);
+    // SAFETY: the kernel writes at most four bytes.
+    Errno::result(unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, word.as_mut_ptr().cast(), &raw mut len) })
+        .map_err(|e| SysError::new("getsockopt", format!("{}, level {level}, option {name}", on(fd)), e))?;
     Ok(i32::from_le_bytes(word))
 }
 

@@ -140,6 +140,12 @@ pub fn lengths(fd: impl AsFd) -> SysResult<Lengths> {
     })
 }
 
+/// How many bytes both queues hold together, roughly: a FIN counts as one.
+pub fn queued(fd: impl AsFd) -> SysResult<u32> {
+    let fd = fd.as_fd();
+    Ok(readable_bytes(fd)? as u32 + tcp_unacknowledged(fd)? as u32)
+}
+
 /// `struct tcp_repair_window`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Window {

@@ -47,12 +47,20 @@ pub struct Seen {
     pub flags: u32,
     /// Its position.
     pub pos: u64,
+    /// The family, if it is a socket; asked once.
+    family: std::cell::OnceCell<Option<i32>>,
 }
 
 impl Seen {
     /// The file type bits.
     pub fn file_type(&self) -> SFlag {
         SFlag::from_bits_truncate(self.stat.st_mode & SFlag::S_IFMT.bits())
+    }
+
+    /// The family, if it is a socket.
+    pub fn family(&self) -> Option<i32> {
+        let is_socket = self.file_type() == SFlag::S_IFSOCK;
+        *self.family.get_or_init(|| is_socket.then(|| super::sockopt::family(&self.file)).flatten())
     }
 
     /// The link's text; kinds without a path have names such as `anon_inode:[eventfd]`.
@@ -206,11 +214,9 @@ impl<'a> Capture<'a> {
         self.files.push(entry);
     }
 
-    /// Changes an entry of files.img that was made already: what only a later look has shown.
-    pub fn amend(&mut self, id: u32, change: impl FnOnce(&mut FileEntry)) {
-        if let Some(entry) = self.files.iter_mut().find(|entry| entry.id == id) {
-            change(entry);
-        }
+    /// Changes entries of files.img that were made already: what only a later look has shown.
+    pub fn amend(&mut self, change: impl FnMut(&mut FileEntry)) {
+        self.files.iter_mut().for_each(change);
     }
 
     /// The id of a regular file that is no descriptor: the same path and flags give the same id.
@@ -320,7 +326,8 @@ impl<'a> Capture<'a> {
         let stat = nix::sys::stat::fstat(&file).during("fstat", format!("pid {pid}, fd {}", d.fd))?;
         let link = proc::link(&format!("/proc/{pid}/fd/{}", d.fd))?;
         let pos = info.number("pos", 10)?;
-        let seen = Seen { id: d.description, pid, fd: d.fd, file, stat, link, info, flags, pos };
+        let seen =
+            Seen { id: d.description, pid, fd: d.fd, file, stat, link, info, flags, pos, family: Default::default() };
         let Some(kind) = KINDS.iter().find(|kind| kind.is(&seen)) else {
             self.refuse(unsupported::refuse(&seen));
             return Ok(FdTypes::Und);

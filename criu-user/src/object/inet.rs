@@ -6,18 +6,17 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use nix::sys::stat::SFlag;
-
 use super::ObjectError;
 use super::file::{Capture, FileKind, Planner, Seen};
+use super::fresh::{self, Buffers, Fresh, Kinds};
 use super::sockopt::{self, state};
 use super::tcp::ends::sockaddr;
 use super::tcp::revive::Revival;
-use super::tcp::{Ends, Hold, capture, options};
+use super::tcp::{Ends, Hold, capture};
 use super::udp;
-use crate::image::proto::{FdTypes, FileEntry, InetSkEntry, IpOptsEntry};
+use crate::image::proto::{FdTypes, FileEntry, InetSkEntry};
 use crate::kernel::{SysResult, fd, socket};
-use crate::plan::{Deed, FileRef, Opened, Opener, Stage};
+use crate::plan::{Apart, Deed, FileRef, Opened, Opener, Stage};
 
 /// Internet sockets.
 #[derive(Debug)]
@@ -25,27 +24,10 @@ pub struct Inet;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-/// Options that are numbers, by their level and name, and their fields.
-type IpNumber = (i32, i32, fn(&mut IpOptsEntry) -> &mut Option<u32>);
-type IpSwitch = (i32, i32, fn(&mut IpOptsEntry) -> &mut Option<bool>);
-
-const IPV6_FREEBIND: i32 = 78;
-const V4_SWITCHES: [IpSwitch; 2] =
-    [(libc::SOL_IP, libc::IP_FREEBIND, |o| &mut o.freebind), (libc::SOL_IP, libc::IP_PKTINFO, |o| &mut o.pktinfo)];
-const V6_SWITCHES: [IpSwitch; 2] = [
-    (libc::SOL_IPV6, IPV6_FREEBIND, |o| &mut o.freebind),
-    (libc::SOL_IPV6, libc::IPV6_RECVPKTINFO, |o| &mut o.pktinfo),
-];
-const V4_NUMBERS: [IpNumber; 2] =
-    [(libc::SOL_IP, libc::IP_TOS, |o| &mut o.tos), (libc::SOL_IP, libc::IP_TTL, |o| &mut o.ttl)];
-const V6_NUMBERS: [IpNumber; 2] = [
-    (libc::SOL_IPV6, libc::IPV6_TCLASS, |o| &mut o.traffic_class),
-    (libc::SOL_IPV6, libc::IPV6_UNICAST_HOPS, |o| &mut o.hops),
-];
 /// Of include/uapi/linux/in.h.
 pub(super) const IPPROTO_MPTCP: i32 = 262;
 
-fn is_tcp(protocol: u32) -> bool {
+pub(super) fn is_tcp(protocol: u32) -> bool {
     [libc::IPPROTO_TCP, IPPROTO_MPTCP].contains(&(protocol as i32))
 }
 
@@ -59,8 +41,7 @@ impl FileKind for Inet {
     }
 
     fn is(&self, seen: &Seen) -> bool {
-        seen.file_type() == SFlag::S_IFSOCK
-            && sockopt::family(&seen.file).is_some_and(|f| [libc::AF_INET, libc::AF_INET6].contains(&f))
+        seen.family().is_some_and(|f| [libc::AF_INET, libc::AF_INET6].contains(&f))
     }
 
     fn capture(&self, seen: &Seen, cx: &mut Capture<'_>) -> Result<FileEntry, ObjectError> {
@@ -75,7 +56,7 @@ impl FileKind for Inet {
             flags: seen.flags,
             fown: seen.fown()?,
             opts: sockopt::capture(&seen.file)?,
-            ip_opts: Some(ip_options(seen)?),
+            ip_opts: Some(fresh::ip_options(&seen.file, seen.family() == Some(libc::AF_INET6))?),
             ..InetSkEntry::default()
         };
         addresses(&seen.file, &mut entry)?;
@@ -119,7 +100,8 @@ impl FileKind for Inet {
                 advice: "give --tcp-established to keep it, or --tcp-close to have it closed",
             });
         }
-        let file = cx.plan.open(Make { entry: Box::new(isk.clone()), revival: revival.clone() });
+        let fresh = cx.shelf.get::<Kinds>().of(isk);
+        let file = cx.plan.open(Make { entry: Box::new(isk.clone()), revival: revival.clone(), fresh });
         match revival {
             Some(revival) => revival.plan(file, cx),
             None => cx.plan.after(Stage::Groups, Reuse { file, address: isk.opts.reuseaddr(), flags: isk.flags }),
@@ -134,21 +116,6 @@ impl FileKind for Inet {
 /// The number of the interface that a link-local address is at.
 fn scope(entry: &InetSkEntry) -> u32 {
     entry.ifname.as_ref().and_then(|name| interfaces().find(|(n, _)| n == name)).map_or(0, |(_, n)| n)
-}
-
-fn ip_options(seen: &Seen) -> Result<IpOptsEntry, ObjectError> {
-    let v6 = sockopt::family(&seen.file) == Some(libc::AF_INET6);
-    let mut opts = IpOptsEntry::default();
-    // An IPv6 socket may talk IPv4 as well, and then has both kinds.
-    for (level, name, field) in if v6 { V6_SWITCHES } else { V4_SWITCHES } {
-        let value = sockopt::where_there(socket::number(&seen.file, level, name))?;
-        *field(&mut opts) = value.filter(|&v| v != 0).map(|_| true);
-    }
-    let numbers = V4_NUMBERS.iter().chain(v6.then_some(&V6_NUMBERS).into_iter().flatten());
-    for &(level, name, field) in numbers {
-        *field(&mut opts) = sockopt::where_there(socket::number(&seen.file, level, name))?.map(|v| v as u32);
-    }
-    Ok(opts)
 }
 
 /// Both addresses, words as they stand in memory.
@@ -211,6 +178,8 @@ struct Make {
     entry: Box<InetSkEntry>,
     /// Of a connection that is kept.
     revival: Option<Arc<Revival>>,
+    /// What it has without our doing.
+    fresh: Arc<Fresh>,
 }
 
 impl Opener for Make {
@@ -228,10 +197,20 @@ impl Opener for Make {
         format!("a {kind} socket {what} port {}", entry.src_port)
     }
 
+    fn apart(&self) -> Option<&dyn Apart> {
+        self.revival.is_some().then_some(self)
+    }
+
     fn open(&self, _: &Opened) -> Result<OwnedFd, Failure> {
+        Apart::open(self)
+    }
+}
+
+impl Apart for Make {
+    fn open(&self) -> Result<OwnedFd, Failure> {
         let entry = &self.entry;
-        let made = socket::new(entry.family as i32, entry.r#type as i32, entry.proto as i32)?;
-        sockopt::restore(&made, &entry.opts)?;
+        let kind = entry.r#type as i32 | (entry.flags as i32 & libc::O_NONBLOCK);
+        let made = socket::new(entry.family as i32, kind, entry.proto as i32)?;
         self.options(&made)?;
         if let Some(revival) = &self.revival {
             revival.make(&made)?;
@@ -259,29 +238,22 @@ impl Opener for Make {
 
 impl Make {
     /// What must be there before the socket is bound, and what may.
-    fn options(&self, made: &OwnedFd) -> SysResult<()> {
+    fn options(&self, made: &OwnedFd) -> Result<(), ObjectError> {
         let entry = &self.entry;
         let v6 = entry.family as i32 == libc::AF_INET6;
         if let Some(v6only) = entry.v6only.filter(|_| v6) {
             socket::set_number(made, libc::SOL_IPV6, libc::IPV6_V6ONLY, v6only.into())?;
         }
-        // Connections of earlier days may linger on the port of a TCP socket; its own value comes later.
-        let reuse = is_tcp(entry.proto) || entry.opts.reuseaddr();
-        socket::set_number(made, libc::SOL_SOCKET, libc::SO_REUSEADDR, reuse.into())?;
+        // Connections of earlier days may linger on the port of a TCP socket; its own value comes later. Repair mode, in
+        // which connections are made, means the same.
+        let kept = self.revival.is_some();
+        if !kept && (is_tcp(entry.proto) || entry.opts.reuseaddr()) {
+            socket::set_number(made, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+        }
         if entry.opts.so_reuseport() {
             socket::set_number(made, libc::SOL_SOCKET, libc::SO_REUSEPORT, 1)?;
         }
-        if let Some(opts) = &entry.ip_opts {
-            ip_restore(made, opts.clone(), v6)?;
-        }
-        // IP_TOS has changed it.
-        if let Some(priority) = entry.opts.so_priority {
-            ensure(made, libc::SOL_SOCKET, libc::SO_PRIORITY, priority as i32)?;
-        }
-        if is_tcp(entry.proto) {
-            options::restore(made, options::of(entry))?;
-        }
-        Ok(())
+        self.fresh.restore(made, entry, if kept { Buffers::Later } else { Buffers::Now })
     }
 }
 
@@ -291,20 +263,6 @@ pub(super) fn ensure(made: &OwnedFd, level: i32, name: i32, value: i32) -> SysRe
         Ok(now) if now == value => Ok(()),
         _ => socket::set_number(made, level, name, value),
     }
-}
-
-fn ip_restore(made: &OwnedFd, mut opts: IpOptsEntry, v6: bool) -> SysResult<()> {
-    for (level, name, field) in if v6 { V6_SWITCHES } else { V4_SWITCHES } {
-        if let Some(on) = *field(&mut opts) {
-            ensure(made, level, name, on.into())?;
-        }
-    }
-    for (level, name, field) in V4_NUMBERS.iter().chain(&V6_NUMBERS) {
-        if let Some(value) = *field(&mut opts) {
-            ensure(made, *level, *name, value as i32)?;
-        }
-    }
-    Ok(())
 }
 
 /// Sets what had to be otherwise while sockets of one port were bound one after the other.

@@ -12,6 +12,7 @@ pub mod eventfd;
 pub mod facts;
 pub mod fifo;
 pub mod file;
+pub mod fresh;
 pub mod fs;
 pub mod ghost;
 pub mod inet;
@@ -94,6 +95,14 @@ pub enum ObjectError {
         file: std::path::PathBuf,
         /// Why it failed.
         errno: nix::errno::Errno,
+    },
+    /// The copy that was to write the memory of a process is no more.
+    #[error(
+        "the copy of pid {pid} that wrote its memory has ended early: it was killed, or memory ran out; the program itself runs on. Dump it again, or without --live"
+    )]
+    CopyGone {
+        /// The process.
+        pid: i32,
     },
     /// The agent failed.
     #[error(transparent)]

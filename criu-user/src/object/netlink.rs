@@ -3,7 +3,6 @@
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::stat::SFlag;
 
 use super::ObjectError;
 use super::file::{Capture, FileKind, Planner, Seen};
@@ -29,7 +28,7 @@ impl FileKind for Netlink {
     }
 
     fn is(&self, seen: &Seen) -> bool {
-        seen.file_type() == SFlag::S_IFSOCK && sockopt::family(&seen.file) == Some(libc::AF_NETLINK)
+        seen.family() == Some(libc::AF_NETLINK)
     }
 
     fn capture(&self, seen: &Seen, cx: &mut Capture<'_>) -> Result<FileEntry, ObjectError> {

@@ -95,27 +95,41 @@ fn two_words(bytes: &[u8]) -> (u64, u64) {
 /// Gives a socket its options, but for SO_REUSEADDR and SO_REUSEPORT, whose time is another. The queues must be full by
 /// then: buffers may be smaller than what is in them.
 pub fn restore(fd: impl AsFd, opts: &SkOptsEntry) -> SysResult<()> {
+    restore_buffers(&fd, opts)?;
+    restore_over(fd, opts, None)
+}
+
+/// The same without the sizes of buffers, for a socket that has the options `fresh`, or is to be asked.
+pub fn restore_over(fd: impl AsFd, opts: &SkOptsEntry, fresh: Option<&SkOptsEntry>) -> SysResult<()> {
     let fd = fd.as_fd();
-    let mut opts = opts.clone();
-    restore_buffers(fd, &opts)?;
-    let timeout = |sec: u64, usec: u64| [sec.to_le_bytes(), usec.to_le_bytes()].concat();
-    set_option(fd, SOL, libc::SO_SNDTIMEO, &timeout(opts.so_snd_tmo_sec, opts.so_snd_tmo_usec))?;
-    set_option(fd, SOL, libc::SO_RCVTIMEO, &timeout(opts.so_rcv_tmo_sec, opts.so_rcv_tmo_usec))?;
+    let (mut opts, mut fresh) = (opts.clone(), fresh.cloned());
+    let timeouts = |o: &SkOptsEntry| [(o.so_snd_tmo_sec, o.so_snd_tmo_usec), (o.so_rcv_tmo_sec, o.so_rcv_tmo_usec)];
+    let known = fresh.as_ref().map(timeouts);
+    for (n, (name, (sec, usec))) in [libc::SO_SNDTIMEO, libc::SO_RCVTIMEO].into_iter().zip(timeouts(&opts)).enumerate()
+    {
+        if known.is_none_or(|known| known[n] != (sec, usec)) {
+            set_option(fd, SOL, name, &[sec.to_le_bytes(), usec.to_le_bytes()].concat())?;
+        }
+    }
     for (name, field) in SWITCHES {
-        match *field(&mut opts) {
-            Some(true) => set_number(fd, SOL, name, 1)?,
+        let Some(want) = *field(&mut opts) else { continue };
+        let have = match &mut fresh {
+            Some(fresh) => *field(fresh),
             // Off already, unless it was inherited from a listening socket.
-            Some(false) if where_there(number(fd, SOL, name))?.is_some_and(|v| v != 0) => {
-                set_number(fd, SOL, name, 0)?;
-            }
-            _ => {}
+            None => where_there(number(fd, SOL, name))?.map(|v| v != 0),
+        };
+        if want != have.unwrap_or(false) {
+            set_number(fd, SOL, name, want.into())?;
         }
     }
     for (name, field) in NUMBERS {
-        if let Some(value) = *field(&mut opts)
-            && where_there(number(fd, SOL, name))?.is_some_and(|now| now as u32 != value)
-        {
-            set_number(fd, SOL, name, value as i32)?;
+        let Some(want) = *field(&mut opts) else { continue };
+        let have = match &mut fresh {
+            Some(fresh) => *field(fresh),
+            None => where_there(number(fd, SOL, name))?.map(|v| v as u32),
+        };
+        if have.is_some_and(|have| have != want) {
+            set_number(fd, SOL, name, want as i32)?;
         }
     }
     if let Some(seconds) = opts.so_linger {
@@ -143,6 +157,26 @@ pub fn restore_buffers(fd: impl AsFd, opts: &SkOptsEntry) -> SysResult<()> {
         Some(locks) => set_number(fd, SOL, SO_BUF_LOCK, (locks & BUF_LOCK_MASK) as i32),
         None => Ok(()),
     }
+}
+
+/// The same for a socket whose buffers are as in `now`: sets only what differs.
+pub fn restore_buffers_over(fd: impl AsFd, opts: &SkOptsEntry, now: &SkOptsEntry) -> SysResult<()> {
+    let locks = |o: &SkOptsEntry| o.so_buf_lock.unwrap_or(0) & BUF_LOCK_MASK;
+    if (opts.so_sndbuf, opts.so_rcvbuf, locks(opts)) == (now.so_sndbuf, now.so_rcvbuf, locks(now)) {
+        return Ok(());
+    }
+    restore_buffers(fd, opts)
+}
+
+/// The sizes of its buffers that a socket has just now, and that the kernel adapts both.
+pub fn adapted_buffers(fd: impl AsFd) -> SysResult<SkOptsEntry> {
+    let size = |name| number(&fd, SOL, name).map(|v| v as u32);
+    Ok(SkOptsEntry {
+        so_sndbuf: size(libc::SO_SNDBUF)?,
+        so_rcvbuf: size(libc::SO_RCVBUF)?,
+        so_buf_lock: Some(0),
+        ..SkOptsEntry::default()
+    })
 }
 
 /// The halves that are shut down, RCV_SHUTDOWN (1) and SEND_SHUTDOWN (2), as images have them.

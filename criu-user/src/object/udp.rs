@@ -7,12 +7,11 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use criu_common::gate::MARK;
-
 use super::ObjectError;
 use super::file::{Capture, Planner, Seen};
 use super::tcp::ends::{Ends, address_of};
-use super::tcp::{packet, rebuild};
+use super::tcp::packet;
+use super::tcp::rebuild::{Pass, Wire};
 use super::unix::queue;
 use crate::image::ImageKind;
 use crate::image::proto::{InetSkEntry, SkPacketEntry};
@@ -103,10 +102,11 @@ impl Deed for Deliver {
     }
 
     fn run(&self, _: &Opened) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let wire = Wire::default();
         for (message, data) in &self.waiting {
             let from = message.sender_name.as_deref().and_then(address_of).ok_or("a datagram without a sender")?;
             let ends = Ends { local: from, remote: reachable(self.to, from) }.on_the_wire();
-            rebuild::send_raw(&packet::datagram(&ends, data)?, ends.remote, MARK)?;
+            wire.send(&packet::datagram(&ends, data)?, ends.remote, Pass::Marked)?;
         }
         Ok(())
     }

@@ -1,12 +1,14 @@
 //! `cargo xtask bench tcp [--rounds N] [--connections N]`: a server with many live connections, by our engine and by CRIU.
 //!
 //! The clients are outside of the tree and silent. Each engine locks their connections in its own way: ours by the gate,
-//! CRIU by netfilter rules (`--network-lock nftables`). The rest is as for the other rows, see the module above.
+//! CRIU by netfilter rules (`--network-lock nftables`). The same server with no connection tells what of the times is due
+//! to these. A further program gives back what its client sends; the client says how long it waited while the program was
+//! dumped and restored. The rest is as for the other rows, see the module above.
 
 use std::{fs, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
-use e2e::{Program, Workload, proc};
+use e2e::{Claim, Program, Workload, proc};
 
 use super::sample::{Contender, gap};
 use crate::peer;
@@ -24,6 +26,10 @@ struct Times {
     frozen: Duration,
     dump: Duration,
     restore: Duration,
+    /// For how long the client of a small program got no answer while that was dumped and restored.
+    pause: Duration,
+    /// The restore of the same server without any connection.
+    bare: Duration,
 }
 
 /// One of the times.
@@ -45,7 +51,14 @@ pub fn run(args: &[String]) -> Result<()> {
     let [ours, theirs] = &times;
     println!("| {} connections | {} | {} | ratio |", plan.connections, contenders[0].name, contenders[1].name);
     println!("| --- | ---: | ---: | ---: |");
-    let rows: [(&str, Value); 3] = [("frozen", |t| t.frozen), ("dump", |t| t.dump), ("restore", |t| t.restore)];
+    let rows: [(&str, Value); 6] = [
+        ("frozen", |t| t.frozen),
+        ("dump", |t| t.dump),
+        ("restore", |t| t.restore),
+        ("restore without connections", |t| t.bare),
+        ("restore, what connections add", |t| t.restore.saturating_sub(t.bare)),
+        ("pause of a client", |t| t.pause),
+    ];
     for (title, value) in rows {
         let (ours, theirs) = (median(ours, value), median(theirs, value));
         println!("| {title} | {ours:.1?} | {theirs:.1?} | {:.2} |", ours.as_secs_f64() / theirs.as_secs_f64());
@@ -67,19 +80,32 @@ fn parse(args: &[String]) -> Result<Plan> {
     Ok(plan)
 }
 
-/// One round: a dump that leaves the server running, then one that ends it, then a restore.
+/// One round.
 fn measure(contender: &Contender, words: &[&str], connections: &str) -> Result<Times> {
-    let workload = |case: &str| Workload::new("tcp.py", case).env("E2E_CONNECTIONS", connections);
-    let mut program = workload("many").start();
-    let port = fs::read_to_string(program.file("port")).context("the server's port")?;
-    let mut peer: Program = workload("many_peer").arg(port).start();
+    let (frozen, dump, restore) = server(contender, words, connections)?;
+    let (_, _, bare) = server(contender, words, "0")?;
+    Ok(Times { frozen, dump, restore, pause: pause(contender, words)?, bare })
+}
+
+fn workload(case: &str, connections: &str) -> Workload {
+    Workload::new("connections.c", case).env("E2E_CONNECTIONS", connections).with(Claim::Ports)
+}
+
+fn peer_of(program: &Program, workload: Workload) -> Result<Program> {
+    let port = fs::read_to_string(program.file("port")).context("the program's port")?;
+    Ok(Workload { claims: Vec::new(), ..workload }.env("E2E_PORT", &port).start())
+}
+
+/// A dump that leaves the server running, then one that ends it, then a restore.
+fn server(contender: &Contender, words: &[&str], connections: &str) -> Result<(Duration, Duration, Duration)> {
+    let mut program = workload("many", connections).start();
+    let mut peer = peer_of(&program, workload("many_peer", connections))?;
     program.next();
     let running = [words, &["-R"]].concat();
     contender.dump(&program, &program.file("left-running"), &running)?;
     program.next();
     let frozen = gap(&program)?;
-    let tree = program.tree();
-    let images = program.file("images");
+    let (tree, images) = (program.tree(), program.file("images"));
     let dump = contender.dump(&program, &images, words)?.took;
     program.expect_gone(&tree);
     let restore = contender.restore(&images, words)?.took;
@@ -87,7 +113,22 @@ fn measure(contender: &Contender, words: &[&str], connections: &str) -> Result<T
     program.go();
     peer.finish();
     program.wait_for_word("ok");
-    Ok(Times { frozen, dump, restore })
+    Ok((frozen, dump, restore))
+}
+
+/// A dump and a restore, one right after the other, as the program's client sees them.
+fn pause(contender: &Contender, words: &[&str]) -> Result<Duration> {
+    let mut program = workload("echo", "1").start();
+    let mut peer = peer_of(&program, workload("echo_peer", "1"))?;
+    program.next();
+    let (tree, images) = (program.tree(), program.file("images"));
+    contender.dump(&program, &images, words)?;
+    program.expect_gone(&tree);
+    contender.restore(&images, words)?;
+    std::thread::sleep(Duration::from_millis(100));
+    peer.finish();
+    program.wait_for_word("ok");
+    gap(&peer)
 }
 
 fn median(times: &[Times], value: Value) -> Duration {

@@ -218,6 +218,16 @@ pub(in crate::kernel) unsafe fn call<T>((command, name): (c_int, &'static str), 
     if answer < 0 { Err((name, io::Error::last_os_error())) } else { Ok(answer as RawFd) }
 }
 
+/// A call that writes its answer into the attribute.
+///
+/// # Safety
+/// What the attribute points to has to be what the command expects.
+pub(in crate::kernel) unsafe fn call_mut<T>(command: (c_int, &'static str), attribute: &mut T) -> BpfResult<RawFd> {
+    // SAFETY: the attribute is writable for its size; the rest is the caller's word.
+    let answer: c_long = unsafe { libc::syscall(libc::SYS_bpf, command.0, &raw mut *attribute, size_of::<T>()) };
+    if answer < 0 { Err((command.1, io::Error::last_os_error())) } else { Ok(answer as RawFd) }
+}
+
 /// # Safety
 /// `fd` has to be a descriptor that nobody else owns.
 pub(in crate::kernel) unsafe fn owned(fd: RawFd) -> OwnedFd {

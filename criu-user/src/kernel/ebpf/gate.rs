@@ -3,22 +3,22 @@
 //! A gate lives as long as somebody holds it: the engine, or names in a bpf file system once a dump is complete. Until
 //! then it opens with the engine's death.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use criu_common::gate::{Connection, Held, bytes, from_bytes};
-use nix::ifaddrs::getifaddrs;
 use nix::mount::{MsFlags, mount};
-use nix::net::if_::{InterfaceFlags, if_nametoindex};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::bpf::Purpose;
 use super::links::{self, Way};
 use super::object::Loaded;
 use super::{EbpfError, EbpfResult, maps};
+use crate::kernel::SysError;
+use crate::kernel::interfaces::{self, Watch};
 
 /// The compiled program; none where the toolchain was missing.
 #[cfg(ebpf_programs)]
@@ -49,11 +49,17 @@ pub struct Gate {
     links: Vec<(String, OwnedFd)>,
     /// Its directory, where it is pinned.
     pinned: Option<PathBuf>,
+    /// The program and what tells of interfaces that appear, where we have made the gate.
+    keeper: Option<(OwnedFd, Watch)>,
 }
 
 fn failed(on: impl Into<String>) -> impl FnOnce((&'static str, std::io::Error)) -> EbpfError {
     let on = on.into();
     move |(command, source)| EbpfError::Call { command, on, source }
+}
+
+fn listing(error: SysError) -> EbpfError {
+    EbpfError::Interfaces { source: error.errno.into() }
 }
 
 fn pinning(path: &Path, call: &'static str) -> impl FnOnce(std::io::Error) -> EbpfError {
@@ -70,16 +76,47 @@ impl Gate {
     pub fn new() -> EbpfResult<Self> {
         let mut object = Loaded::new("gate", OBJECT.ok_or(EbpfError::NotBuilt)?, HashMap::new())?;
         let program = object.load("gate", Purpose::Classifier)?;
-        let mut gate = Self { map: object.take_map("LOCKED")?, links: Vec::new(), pinned: None };
-        // Interfaces may come while we are about it.
-        while gate.cover(&program)? {}
+        let watch = Watch::new().map_err(listing)?;
+        let map = object.take_map("LOCKED")?;
+        let mut gate = Self { map, links: Vec::new(), pinned: None, keeper: Some((program, watch)) };
+        gate.cover_all()?;
         Ok(gate)
+    }
+
+    /// Looks after interfaces that have come up since it was made, or since the last look. Call it at every step that
+    /// takes the gate for complete.
+    pub fn refresh(&mut self) -> EbpfResult<()> {
+        let news = self.keeper.as_ref().map(|(_, watch)| watch.has_news()).transpose().map_err(listing)?;
+        if news == Some(true) { self.cover_all() } else { Ok(()) }
+    }
+
+    /// Interfaces may come while we are about it.
+    fn cover_all(&mut self) -> EbpfResult<()> {
+        let Some((program, watch)) = self.keeper.take() else { return Ok(()) };
+        let covered = (|| {
+            while self.cover(&program)? {}
+            Ok(())
+        })();
+        self.keeper = Some((program, watch));
+        covered
+    }
+
+    /// Interfaces that a gate of an earlier engine does not stand at: they came up when nobody looked.
+    pub fn uncovered(&self) -> EbpfResult<Vec<String>> {
+        let Some(dir) = &self.pinned else { return Ok(Vec::new()) };
+        let up = interfaces::up().map_err(listing)?;
+        Ok(up
+            .into_iter()
+            .filter(|(_, index)| !dir.join(format!("{index}-in")).exists())
+            .map(|(name, _)| name)
+            .collect())
     }
 
     /// Attaches to interfaces that have no link yet; whether there were any.
     fn cover(&mut self, program: &OwnedFd) -> EbpfResult<bool> {
         let mut new = false;
-        for (interface, index) in interfaces()? {
+        // Nothing comes through those that are down, and each takes its time.
+        for (interface, index) in interfaces::up().map_err(listing)? {
             for (way, word) in [(Way::In, "in"), (Way::Out, "out")] {
                 let name = format!("{index}-{word}");
                 if self.links.iter().any(|(known, _)| *known == name) {
@@ -112,6 +149,7 @@ impl Gate {
     /// Makes it outlive us, under this name.
     pub fn pin(&mut self, name: &str) -> EbpfResult<()> {
         mount_bpffs()?;
+        self.refresh()?;
         let dir = directory(name);
         make_directory(&dir)?;
         let pin = |object: &OwnedFd, name: &str| {
@@ -137,7 +175,7 @@ impl Gate {
             return Ok(None);
         }
         let fd = links::pinned(&map).map_err(failed(map.display().to_string()))?;
-        Ok(Some(Self { map: fd, links: Vec::new(), pinned: Some(dir) }))
+        Ok(Some(Self { map: fd, links: Vec::new(), pinned: Some(dir), keeper: None }))
     }
 
     /// Whether a gate of this name is still closed.
@@ -148,15 +186,15 @@ impl Gate {
     /// The connections that it holds, and how much of them it has dropped.
     pub fn connections(&self) -> EbpfResult<Vec<(Connection, Held)>> {
         let all = maps::entries::<KEY, VALUE>(self.map.as_fd()).map_err(failed("the connections of the gate"))?;
-        let word = |bytes: &[u8]| bytes.first_chunk().map_or(0, |b| u64::from_ne_bytes(*b));
-        let held = |value: &[u8]| Held { from_peer: word(value), to_peer: word(&value[8..]) };
         Ok(all.iter().map(|(key, value)| (from_bytes(key), held(value))).collect())
     }
 
-    /// Lets everything pass, at once.
-    pub fn unlock(&self) -> EbpfResult<()> {
-        let keys: Vec<[u8; KEY]> = self.connections()?.iter().map(|(key, _)| bytes(key)).collect();
-        maps::delete(self.map.as_fd(), &keys).map_err(failed(format!("{} connections of the gate", keys.len())))
+    /// Lets everything pass, at once. Of a gate that a dump has left, it tells how many packets were held since then; of
+    /// others nobody knows what came before.
+    pub fn unlock(&self) -> EbpfResult<Option<HashMap<Connection, Held>>> {
+        let taken = maps::take_all::<KEY, VALUE>(self.map.as_fd()).map_err(failed("the connections of the gate"))?;
+        let held = || taken.iter().map(|(key, value)| (from_bytes(key), held(value))).collect();
+        Ok(self.pinned.is_some().then(held))
     }
 
     /// Takes it away from the interfaces, for good. The kernel needs some ten milliseconds for each: who is in a hurry
@@ -164,6 +202,11 @@ impl Gate {
     pub fn remove(self) -> EbpfResult<()> {
         self.pinned.as_deref().map_or(Ok(()), unpin)
     }
+}
+
+fn held(value: &[u8; VALUE]) -> Held {
+    let word = |bytes: &[u8]| bytes.first_chunk().map_or(0, |b| u64::from_ne_bytes(*b));
+    Held { from_peer: word(value), to_peer: word(&value[8..]) }
 }
 
 fn unpin(dir: &Path) -> EbpfResult<()> {
@@ -220,15 +263,6 @@ fn make_directory(dir: &Path) -> EbpfResult<()> {
         }
     }
     Err(pinning(dir, "mkdir")(std::io::ErrorKind::NotFound.into()))
-}
-
-/// Names and numbers of the interfaces that are up: nothing comes through others, and each takes its time.
-fn interfaces() -> EbpfResult<BTreeMap<String, u32>> {
-    let failed = |e: nix::errno::Errno| EbpfError::Interfaces { source: e.into() };
-    let up = getifaddrs().map_err(failed)?.filter(|address| address.flags.contains(InterfaceFlags::IFF_UP));
-    let names: BTreeSet<String> = up.map(|address| address.interface_name).collect();
-    // One that has gone meanwhile has no number.
-    Ok(names.into_iter().filter_map(|name| Some((name.clone(), if_nametoindex(name.as_str()).ok()?))).collect())
 }
 
 fn directory(name: &str) -> PathBuf {

@@ -9,14 +9,19 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use aya_obj::Map;
 
-use super::bpf::{BpfResult, call, owned};
+use super::bpf::{BpfResult, call, call_mut, owned};
 
 const MAP_CREATE: (c_int, &str) = (0, "BPF_MAP_CREATE");
 const MAP_LOOKUP_ELEM: (c_int, &str) = (1, "BPF_MAP_LOOKUP_ELEM");
 const MAP_UPDATE_ELEM: (c_int, &str) = (2, "BPF_MAP_UPDATE_ELEM");
 const MAP_DELETE_ELEM: (c_int, &str) = (3, "BPF_MAP_DELETE_ELEM");
 const MAP_GET_NEXT_KEY: (c_int, &str) = (4, "BPF_MAP_GET_NEXT_KEY");
+const MAP_LOOKUP_BATCH: (c_int, &str) = (24, "BPF_MAP_LOOKUP_BATCH");
+const MAP_LOOKUP_AND_DELETE_BATCH: (c_int, &str) = (25, "BPF_MAP_LOOKUP_AND_DELETE_BATCH");
 const MAP_UPDATE_BATCH: (c_int, &str) = (26, "BPF_MAP_UPDATE_BATCH");
+
+/// Keys and values.
+pub type Elements<const K: usize, const V: usize> = Vec<([u8; K], [u8; V])>;
 
 /// A map as an object describes it.
 pub fn create(map: &Map) -> BpfResult<OwnedFd> {
@@ -98,9 +103,13 @@ pub fn insert_zeros<const K: usize, const V: usize>(map: BorrowedFd<'_>, keys: &
     Ok(())
 }
 
-/// Takes keys out.
-pub fn delete<const K: usize>(map: BorrowedFd<'_>, keys: &[[u8; K]]) -> BpfResult<()> {
-    for key in keys {
+/// Takes out all that is in a hash map, and gives it back: in few calls where the kernel can (Linux 5.6).
+pub fn take_all<const K: usize, const V: usize>(map: BorrowedFd<'_>) -> BpfResult<Elements<K, V>> {
+    if let Some(taken) = batches(map, MAP_LOOKUP_AND_DELETE_BATCH)? {
+        return Ok(taken);
+    }
+    let found = one_by_one(map)?;
+    for (key, _) in &found {
         let element =
             Element { map_fd: map.as_raw_fd() as u32, padding: 0, key: key.as_ptr().addr() as u64, value: 0, flags: 0 };
         // SAFETY: the key lives until the call returns and is as long as the map says.
@@ -110,11 +119,55 @@ pub fn delete<const K: usize>(map: BorrowedFd<'_>, keys: &[[u8; K]]) -> BpfResul
             other => other.map(drop)?,
         }
     }
-    Ok(())
+    Ok(found)
+}
+
+/// All that is in a hash map.
+pub fn entries<const K: usize, const V: usize>(map: BorrowedFd<'_>) -> BpfResult<Elements<K, V>> {
+    match batches(map, MAP_LOOKUP_BATCH)? {
+        Some(found) => Ok(found),
+        None => one_by_one(map),
+    }
+}
+
+/// What a command on many elements gives, over and over until the map's end; `None` where the kernel has none.
+fn batches<const K: usize, const V: usize>(
+    map: BorrowedFd<'_>,
+    command: (c_int, &'static str),
+) -> BpfResult<Option<Elements<K, V>>> {
+    /// More than any bucket of a map holds: a batch has whole buckets.
+    const ROOM: usize = 8192;
+    let (mut keys, mut values) = (vec![[0u8; K]; ROOM], vec![[0u8; V]; ROOM]);
+    let (mut token, mut found, mut first) = (0u64, Vec::new(), true);
+    loop {
+        let place = (&raw mut token).expose_provenance() as u64;
+        let mut batch = Batch {
+            in_batch: if first { 0 } else { place },
+            out_batch: place,
+            keys: keys.as_mut_ptr().expose_provenance() as u64,
+            values: values.as_mut_ptr().expose_provenance() as u64,
+            count: ROOM as u32,
+            map_fd: map.as_raw_fd() as u32,
+            elem_flags: 0,
+            flags: 0,
+        };
+        // SAFETY: there is room for as many keys and values as it says, and for the token.
+        let end = match unsafe { call_mut(command, &mut batch) } {
+            Ok(_) => false,
+            Err((_, e)) if e.kind() == io::ErrorKind::NotFound => true,
+            Err((_, e)) if first && e.raw_os_error() == Some(libc::EINVAL) => return Ok(None),
+            Err(e) => return Err(e),
+        };
+        found.extend(keys.iter().copied().zip(values.iter().copied()).take(batch.count as usize));
+        if end {
+            return Ok(Some(found));
+        }
+        first = false;
+    }
 }
 
 /// All that is in a map.
-pub fn entries<const K: usize, const V: usize>(map: BorrowedFd<'_>) -> BpfResult<Vec<([u8; K], [u8; V])>> {
+fn one_by_one<const K: usize, const V: usize>(map: BorrowedFd<'_>) -> BpfResult<Elements<K, V>> {
     let mut found = Vec::new();
     let mut last: Option<[u8; K]> = None;
     loop {

@@ -117,7 +117,7 @@ pub fn dump_private(
     Ok(Pages { scanned, written, in_parent })
 }
 
-fn guard(region: &Region) -> VmaEntry {
+pub(super) fn guard(region: &Region) -> VmaEntry {
     VmaEntry {
         start: region.start,
         end: region.end,
@@ -129,7 +129,7 @@ fn guard(region: &Region) -> VmaEntry {
 }
 
 /// A process with a limit on file sizes would be killed by SIGXFSZ for our writing.
-fn can_write_itself(pid: i32) -> bool {
+pub(super) fn can_write_itself(pid: i32) -> bool {
     crate::kernel::proc::read_text(&format!("/proc/{pid}/limits"))
         .is_ok_and(|text| text.lines().any(|line| soft_limit(line, "Max file size") == Some("unlimited")))
 }

@@ -5,6 +5,7 @@
 //! by the engine. A process is forked when its parent's memory is complete, so that what both have in common is shared again.
 
 mod area;
+mod copy;
 mod dump;
 mod facts;
 mod fill;
@@ -14,6 +15,7 @@ mod plan;
 mod vdso;
 
 pub use area::{areas, is_private};
+pub use copy::Snapshot;
 pub use dump::{OWN_PAGES, Pages, dump_private, estimate};
 pub use facts::plan_facts;
 pub use fill::OpenImage;

@@ -48,18 +48,18 @@ pub fn capture(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry) -> Re
         (opts.keepcnt, opts.keepidle, opts.keepintvl);
     entry.tcp_opts = Some(opts);
     if entry.state == state::LISTEN {
-        listening(seen, cx, entry, &info);
+        listening(seen, cx, entry, &info)?;
     } else if !cx.options.tcp_close && is_connection(entry) {
         connection(seen, cx, entry)?;
     } else if cx.options.tcp_established && closed_was_connected(&seen.file, &info)? {
-        cx.shelf.get::<Hold>().add(seen, Ends::of(entry, 0))?;
+        cx.shelf.get::<Hold>().add(seen, entry)?;
     } else if entry.state == state::CLOSE && entry.src_port != 0 && cx.shelf.get::<Diag>().has_lost_port(entry.ino)? {
         (entry.src_addr, entry.src_port) = (vec![0; entry.src_addr.len()], 0);
     }
     Ok(())
 }
 
-fn listening(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry, info: &Info) {
+fn listening(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry, info: &Info) -> Result<(), ObjectError> {
     entry.backlog = info.backlog;
     if info.waiting > 0 && !cx.options.tcp_close && !cx.options.skip_in_flight {
         cx.refuse(seen.refuse(
@@ -67,6 +67,10 @@ fn listening(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry, info: &
             "dump when it has accepted them, or give --skip-in-flight to drop them",
         ));
     }
+    if cx.options.lock_listeners {
+        cx.shelf.get::<Hold>().add_listener(entry)?;
+    }
+    Ok(())
 }
 
 /// A closed socket is a connection that has come to its end, with all that this means to a reader, or never was one: then
@@ -98,7 +102,7 @@ fn connection(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry) -> Res
     };
     match refused {
         Some((what, advice)) => cx.refuse(seen.refuse(what, advice)),
-        None => cx.shelf.get::<Hold>().add(seen, ends)?,
+        None => cx.shelf.get::<Hold>().add(seen, entry)?,
     }
     Ok(())
 }

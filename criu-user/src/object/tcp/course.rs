@@ -51,8 +51,10 @@ pub enum Step {
     Begin(Queue, u32),
     /// The largest segment to send; 0 for whatever the path takes.
     Segments(u32),
-    /// connect(2) to the peer's end: in repair mode at once, without it not waited for.
+    /// connect(2) to the peer's end, in repair mode: at once.
     Connect,
+    /// connect(2) to the peer's end, out of repair mode: not waited for.
+    Request,
     /// What was agreed on.
     Agree(Negotiated),
     /// Where timestamps go on.
@@ -84,6 +86,8 @@ pub struct Course {
     pub release: Vec<Step>,
     /// When packets pass again.
     pub resume: Vec<Step>,
+    /// Whether nobody waits for anything: `resume` can be left out if no packet was held meanwhile.
+    pub quiet: bool,
 }
 
 impl Course {
@@ -102,6 +106,7 @@ impl Course {
             course.release.push(Step::Write(unsent));
         }
         course.close(state, &from);
+        course.quiet = from.are_quiet(state);
         if state != State::Close {
             course.resume.extend(from.nudges(state));
             course.resume.push(Step::Push);
@@ -139,7 +144,7 @@ impl Course {
             Step::Bind,
             Step::Begin(Queue::Send, numbers.sent_from),
             Step::Repair(Repair::Off),
-            Step::Connect,
+            Step::Request,
         ];
         Self { make, ..Self::default() }
     }
@@ -208,6 +213,13 @@ struct Packets<'a> {
 }
 
 impl Packets<'_> {
+    /// Whether nothing is under way, nothing is to be sent, and all that came was acknowledged.
+    fn are_quiet(&self, state: State) -> bool {
+        matches!(state, State::Established | State::CloseWait | State::FinWait2)
+            && self.stream.outq_len == 0
+            && self.stream.rcv_wup == Some(self.stream.inq_seq)
+    }
+
     /// The window that the peer offers, as it stands in its packets.
     fn peers_window(&self) -> u16 {
         scaled(self.stream.snd_wnd.unwrap_or(u16::MAX.into()), self.stream.snd_wscale)
@@ -363,10 +375,23 @@ mod tests {
     }
 
     #[test]
+    fn who_waits_for_nothing_is_quiet() {
+        let idle = TcpStreamEntry { outq_len: 0, unsq_len: Some(0), ..stream() };
+        let quiet = |state, stream: &TcpStreamEntry| Course::of(state, stream).unwrap().quiet;
+        for state in State::ALL {
+            let expected = matches!(state, State::Established | State::CloseWait | State::FinWait2);
+            assert_eq!(quiet(state, &idle), expected, "{state:?}");
+            assert!(!quiet(state, &stream()), "{state:?}, with bytes under way");
+        }
+        let late = TcpStreamEntry { rcv_wup: Some(1009), ..idle };
+        assert!(!quiet(State::Established, &late), "an acknowledgement is due");
+    }
+
+    #[test]
     fn a_request_goes_out_with_its_own_number() {
         let course = course(State::SynSent);
         assert!(course.make.contains(&Step::Begin(Queue::Send, 1999)), "{:?}", course.make);
-        assert_eq!(course.make.last(), Some(&Step::Connect));
+        assert_eq!(course.make.last(), Some(&Step::Request));
         assert!(course.release.is_empty() && course.resume.is_empty());
     }
 

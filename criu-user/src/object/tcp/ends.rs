@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use criu_common::gate;
 
 use crate::image::proto::InetSkEntry;
+use crate::kernel::{SysResult, interfaces};
 
 /// The two ends of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,6 +59,20 @@ impl Ends {
             remote_port: self.remote.port().to_be_bytes(),
         }
     }
+}
+
+/// What the gate knows those by that ask for a connection with this end.
+pub fn asking(end: SocketAddr) -> gate::Connection {
+    let key = Ends { local: end, remote: end }.key();
+    gate::Connection::asking(key.local, key.local_port)
+}
+
+/// The ends that a listening socket can be reached at: those of all interfaces, if it is bound to any.
+pub fn reached_at(end: SocketAddr, v6only: bool) -> SysResult<impl Iterator<Item = SocketAddr>> {
+    let any = end.ip().is_unspecified();
+    let own = if any { interfaces::addresses()? } else { vec![end.ip()] };
+    let reached = move |at: &IpAddr| !any || (at.is_ipv4() && !v6only) || (at.is_ipv6() && end.is_ipv6());
+    Ok(own.into_iter().filter(reached).map(move |at| SocketAddr::new(at, end.port())))
 }
 
 impl From<gate::Connection> for Ends {

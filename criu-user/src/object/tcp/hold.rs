@@ -6,18 +6,22 @@
 //! permanent in the same breath in which the tree is killed, again by a process that finishes what it has begun.
 //! Only then, when nobody can use them any more, are the sockets put into repair mode, in which they die without a word.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use criu_common::gate;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use prost::Message;
 use tracing::{debug, info};
 
 use super::lock::LockError;
-use super::{Connection, Ends, NetworkLock, State, read};
+use super::read::{TcpError, read_with};
+use super::{Connection, Ends, NetworkLock, State, ends};
+use crate::dump::DumpOptions;
 use crate::freeze::Frozen;
-use crate::image::proto::{InventoryEntry, TcpStreamEntry};
+use crate::image::proto::{InetSkEntry, InventoryEntry, TcpStreamEntry};
 use crate::image::{ImageDir, ImageKind};
 use crate::kernel::apart;
 use crate::kernel::ebpf::Gate;
@@ -28,6 +32,9 @@ use crate::object::file::{Capture, Seen};
 
 /// CRIU's number of a dump without a lock that it would have to take away.
 const CRIU_LOCK_SKIP: u32 = 2;
+
+/// Room for the queues of most connections.
+const ROOM: usize = 64 << 10;
 
 /// A connection whose socket we hold as well.
 #[derive(Debug)]
@@ -40,6 +47,8 @@ struct Socket {
     fd: i32,
     file: OwnedFd,
     ends: Ends,
+    /// Its SO_REUSEADDR.
+    reuse: bool,
 }
 
 /// All connections of a dump, and the gate before them.
@@ -50,6 +59,8 @@ pub struct Hold {
     /// What the gate is called once it is permanent.
     name: String,
     sockets: Vec<Socket>,
+    /// Ends that nobody may ask for a connection with.
+    listeners: Vec<gate::Connection>,
     /// What was read of each, in the same order.
     read: Vec<Connection>,
 }
@@ -59,7 +70,11 @@ type Told = Result<Connection, String>;
 
 impl Hold {
     /// Makes everything ready that need not be done while the tree stands still.
-    pub fn prepare(pid: Pid, lock: NetworkLock) -> Result<Self, LockError> {
+    pub fn prepare(options: &DumpOptions) -> Result<Self, LockError> {
+        let (pid, lock) = (options.pid, options.network_lock);
+        if options.lock_listeners && lock == NetworkLock::Skip {
+            return Err(LockError::NoLock);
+        }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
         let gate = lock.gate()?;
         if gate.is_some() {
@@ -69,42 +84,60 @@ impl Hold {
     }
 
     /// Adds a connection.
-    pub fn add(&mut self, seen: &Seen, ends: Ends) -> Result<(), ObjectError> {
+    pub fn add(&mut self, seen: &Seen, entry: &InetSkEntry) -> Result<(), ObjectError> {
         let file = crate::kernel::fd::duplicate_above(&seen.file, 3)?;
-        let (pid, ino) = (seen.pid.as_raw(), seen.stat.st_ino as u32);
-        self.sockets.push(Socket { id: seen.id, ino, pid, fd: seen.fd, file, ends });
+        let (pid, ends, reuse) = (seen.pid.as_raw(), Ends::of(entry, 0), entry.opts.reuseaddr());
+        self.sockets.push(Socket { id: seen.id, ino: entry.ino, pid, fd: seen.fd, file, ends, reuse });
         Ok(())
+    }
+
+    /// Adds a listening socket: requests for connections with it will be dropped.
+    pub fn add_listener(&mut self, entry: &InetSkEntry) -> Result<(), ObjectError> {
+        let end = Ends::of(entry, 0).local;
+        self.listeners.extend(ends::reached_at(end, entry.v6only())?.map(ends::asking));
+        Ok(())
+    }
+
+    fn is_idle(&self) -> bool {
+        self.sockets.is_empty() && self.listeners.is_empty()
     }
 
     /// Closes the gate, then reads all connections.
     pub fn read(&mut self, cx: &mut Capture<'_>) -> Result<(), ObjectError> {
-        if self.sockets.is_empty() {
+        if self.is_idle() {
             return Ok(());
         }
-        if let Some(gate) = &self.gate {
-            let keys: Vec<_> = self.sockets.iter().map(|socket| socket.ends.key()).collect();
+        if let Some(gate) = &mut self.gate {
+            gate.refresh().map_err(LockError::from)?;
+            let keys: Vec<_> =
+                self.sockets.iter().map(|socket| socket.ends.key()).chain(self.listeners.clone()).collect();
             gate.lock(&keys).map_err(LockError::from)?;
         }
         let engine = Pid::this();
         let told = apart::run(|| {
             // Whoever is in repair mode is not to be interrupted by the program, if that runs on because we die.
             be_urgent();
-            let alive = self.sockets.iter().take_while(|_| Pid::parent() == engine);
-            Ok(alive.flat_map(|socket| tell(&socket.file)).collect())
+            let (mut out, mut room) = (Vec::new(), vec![1; ROOM]);
+            for socket in self.sockets.iter().take_while(|_| Pid::parent() == engine) {
+                tell(read_with(&socket.file, socket.reuse, &mut room), &mut out);
+            }
+            Ok(out)
         })?;
         let mut told = told.as_slice();
+        let mut states = HashMap::new();
         for socket in &self.sockets {
             let connection = listen(&mut told)
                 .unwrap_or_else(|| Err("the process that reads connections ended early".into()))
                 .map_err(|why| ObjectError::Connection { pid: socket.pid, fd: socket.fd, ends: socket.ends, why })?;
             debug!(pid = socket.pid, fd = socket.fd, ends = %socket.ends, state = ?connection.state, "connection read");
-            cx.amend(socket.id, |entry| {
-                if let Some(isk) = &mut entry.isk {
-                    isk.state = connection.state as u32;
-                }
-            });
+            states.insert(socket.id, connection.state);
             self.read.push(connection);
         }
+        cx.amend(|entry| {
+            if let (Some(&state), Some(isk)) = (states.get(&entry.id), &mut entry.isk) {
+                isk.state = state as u32;
+            }
+        });
         info!(connections = self.sockets.len(), lock = ?self.lock, "connections are held and read");
         Ok(())
     }
@@ -128,7 +161,7 @@ impl Hold {
 
     /// Says in the inventory how connections are held.
     pub fn describe(&self, inventory: &mut InventoryEntry) {
-        if self.sockets.is_empty() {
+        if self.is_idle() {
             return;
         }
         inventory.network_lock_method = Some(CRIU_LOCK_SKIP);
@@ -138,7 +171,8 @@ impl Hold {
 
     /// Makes the gate permanent and kills the tree, whatever becomes of us meanwhile.
     pub fn seal(&mut self, frozen: &Frozen) -> Result<(), ObjectError> {
-        let Some(gate) = self.gate.as_mut().filter(|_| !self.sockets.is_empty()) else { return Ok(()) };
+        let idle = self.is_idle();
+        let Some(gate) = self.gate.as_mut().filter(|_| !idle) else { return Ok(()) };
         let failure = apart::run(|| {
             if let Err(err) = gate.pin(&self.name) {
                 return Ok(err.to_string().into_bytes());
@@ -165,9 +199,10 @@ impl Hold {
     }
 }
 
-/// Reads one connection, as bytes for the engine: whether that went well, the length, and the connection or the error.
-fn tell(file: impl AsFd) -> Vec<u8> {
-    let (good, body) = match read(file) {
+/// What was read of a connection, as bytes for the engine: whether that went well, the length, and the connection or the
+/// error.
+fn tell(outcome: Result<Connection, TcpError>, out: &mut Vec<u8>) {
+    let (good, body) = match outcome {
         Ok(connection) => {
             let mut body = vec![connection.state as u8];
             // Growing a vector cannot fail.
@@ -177,10 +212,9 @@ fn tell(file: impl AsFd) -> Vec<u8> {
         }
         Err(err) => (0, err.to_string().into_bytes()),
     };
-    let mut out = vec![good];
+    out.push(good);
     out.extend_from_slice(&(body.len() as u32).to_le_bytes());
     out.extend(body);
-    out
 }
 
 /// What [`tell`] has told of the next connection.

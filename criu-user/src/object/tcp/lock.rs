@@ -2,7 +2,9 @@
 
 use criu_common::gate::Connection;
 
+use super::Ends;
 use crate::kernel::ebpf::{EbpfError, EbpfResult, Gate};
+use crate::kernel::interfaces;
 use crate::plan::Connections;
 
 /// How packets of connections are held while there is no socket for them.
@@ -30,6 +32,19 @@ pub enum LockError {
         "this engine has no --network-lock nftables; ebpf needs no netfilter rules, and skip leaves it to you to keep the network away"
     )]
     NoNftables,
+    /// The gate does not stand where packets may have come through.
+    #[error(
+        "the interface {interface} came up after the dump, and packets of the connection {ends} may have come through it while nobody held them: its peer may have given it up. --network-lock skip restores it all the same"
+    )]
+    Leak {
+        /// The interface.
+        interface: String,
+        /// The connection.
+        ends: Ends,
+    },
+    /// Listening sockets cannot be locked without a lock.
+    #[error("--lock-listeners needs a lock, and --network-lock skip is none: leave one of them out")]
+    NoLock,
 }
 
 impl NetworkLock {
@@ -61,6 +76,9 @@ impl NetworkLock {
         }
         match left {
             Some(gate) => {
+                if self != Self::Skip {
+                    refuse_leaks(&gate, &connections.locked)?;
+                }
                 gate.lock(&missing(&gate, &connections.locked)?)?;
                 Ok(Some(gate))
             }
@@ -71,6 +89,22 @@ impl NetworkLock {
             }
         }
     }
+}
+
+/// A connection whose address is at an interface that came up when nobody looked may be known as dead to its peer.
+fn refuse_leaks(gate: &Gate, connections: &[Connection]) -> Result<(), LockError> {
+    let late = gate.uncovered()?;
+    if late.is_empty() {
+        return Ok(());
+    }
+    let addresses = interfaces::named_addresses().map_err(|e| EbpfError::Interfaces { source: e.errno.into() })?;
+    for ends in connections.iter().map(|&connection| Ends::from(connection)) {
+        let at = addresses.iter().find(|(name, address)| late.contains(name) && *address == ends.local.ip());
+        if let Some((interface, _)) = at {
+            return Err(LockError::Leak { interface: interface.clone(), ends });
+        }
+    }
+    Ok(())
 }
 
 /// What a gate does not hold yet: entering a connection twice would set its counts back.

@@ -16,8 +16,9 @@
 //! criu_user::kernel::tcp::set_repair(&old, criu_user::kernel::tcp::Repair::On)?;
 //! drop(old);
 //! let new = criu_user::kernel::socket::new(libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_TCP)?;
+//! let wire = rebuild::Wire::default();
 //! for steps in [&course.make, &course.release, &course.resume] {
-//!     rebuild::perform(&new, &ends, &connection.data, steps)?;
+//!     rebuild::perform(&new, &ends, &connection.data, steps, &wire)?;
 //! }
 //! # Ok(())
 //! # }
@@ -34,6 +35,7 @@ pub mod read;
 pub mod rebuild;
 pub mod revive;
 pub mod state;
+mod streams;
 pub mod table;
 
 pub use course::{Course, Segment, Step};

@@ -4,7 +4,6 @@ use std::os::fd::OwnedFd;
 
 use crate::image::proto::{InetSkEntry, TcpOptsEntry};
 use crate::kernel::{SysResult, socket};
-use crate::object::inet::ensure;
 use crate::object::{ObjectError, sockopt};
 
 type Number = (i32, fn(&mut TcpOptsEntry) -> &mut Option<u32>);
@@ -47,20 +46,24 @@ pub fn of(entry: &InetSkEntry) -> TcpOptsEntry {
     opts
 }
 
-/// Gives a socket its options.
-pub fn restore(made: &OwnedFd, mut opts: TcpOptsEntry) -> SysResult<()> {
+/// Gives a socket its options, as far as they are not those that it has as a new one.
+pub fn restore(made: &OwnedFd, mut opts: TcpOptsEntry, mut fresh: TcpOptsEntry) -> SysResult<()> {
     for (name, field) in SWITCHES {
-        if let Some(on) = *field(&mut opts) {
-            ensure(made, libc::SOL_TCP, name, on.into())?;
+        if let Some(on) = *field(&mut opts)
+            && *field(&mut fresh) != Some(on)
+        {
+            socket::set_number(made, libc::SOL_TCP, name, on.into())?;
         }
     }
     for (name, field) in NUMBERS {
-        if let Some(value) = *field(&mut opts) {
-            ensure(made, libc::SOL_TCP, name, value as i32)?;
+        if let Some(value) = *field(&mut opts)
+            && *field(&mut fresh) != Some(value)
+        {
+            socket::set_number(made, libc::SOL_TCP, name, value as i32)?;
         }
     }
     if let Some(name) = &opts.congestion
-        && socket::option(made, libc::SOL_TCP, libc::TCP_CONGESTION, CONGESTION)? != *name
+        && opts.congestion != fresh.congestion
     {
         socket::set_option(made, libc::SOL_TCP, libc::TCP_CONGESTION, name)?;
     }

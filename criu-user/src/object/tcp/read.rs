@@ -72,26 +72,32 @@ const ATTEMPTS: u32 = 5;
 
 /// Reads a connection. Its packets must be held by then. Afterwards the socket is as it was.
 pub fn read(socket: impl AsFd) -> Result<Connection, TcpError> {
+    let reuse = socket::number(&socket, libc::SOL_SOCKET, libc::SO_REUSEADDR)?;
+    read_with(socket, reuse != 0, &mut Vec::new())
+}
+
+/// Reads one of many connections: what is known of its SO_REUSEADDR, which repair mode changes, is not asked again, and
+/// `room` serves all of them.
+pub fn read_with(socket: impl AsFd, reuse: bool, room: &mut Vec<u8>) -> Result<Connection, TcpError> {
     let fd = socket.as_fd();
-    let reuse = socket::number(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR)?;
     // Memory that is there already: what is first written to is looked for by the kernel, and that takes its time.
-    let lengths = tcp::lengths(fd)?;
-    let mut room = vec![1; (lengths.received + lengths.unacknowledged) as usize + 2];
+    let expected = tcp::queued(fd)? as usize + 2;
+    room.resize(expected.max(room.len()), 1);
     tcp::set_repair(fd, Repair::On)?;
-    let mut outcome = read_once(fd, &mut room);
+    let mut outcome = read_once(fd, room);
     for _ in 1..ATTEMPTS {
         if !matches!(outcome, Err(TcpError::Moved { .. })) {
             break;
         }
-        outcome = read_once(fd, &mut room);
+        outcome = read_once(fd, room);
     }
     tcp::set_repair(fd, Repair::Off)?;
-    if reuse != 0 {
-        socket::set_number(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, reuse)?;
+    if reuse {
+        socket::set_number(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
     }
     let mut connection = outcome?;
-    room.truncate((connection.stream.inq_len + connection.stream.outq_len) as usize);
-    connection.data = room;
+    let length = (connection.stream.inq_len + connection.stream.outq_len) as usize;
+    connection.data = room[..length].to_vec();
     Ok(connection)
 }
 
@@ -125,7 +131,7 @@ fn read_once(fd: BorrowedFd<'_>, room: &mut Vec<u8>) -> Result<Connection, TcpEr
     stream.rcv_wnd = Some(window.rcv_wnd);
     stream.rcv_wup = Some(window.rcv_wup);
     let total = (received + unacknowledged) as usize;
-    room.resize(total.max(room.len() - 2) + 2, 1);
+    room.resize((total + 2).max(room.len()), 1);
     // One more than the queue is said to hold: the send queue overwrites that.
     queue(fd, Queue::Receive, received, room)?;
     queue(fd, Queue::Send, unacknowledged, &mut room[received as usize..])?;

@@ -4,15 +4,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use super::course::Step;
-use super::rebuild::perform;
-use super::{Course, Ends, State};
-use crate::image::ImageKind;
-use crate::image::proto::{InetSkEntry, TcpStreamEntry};
+use super::rebuild::{Wire, perform};
+use super::{Course, Ends, State, streams};
+use crate::image::proto::InetSkEntry;
 use crate::kernel::{fd, socket};
 use crate::object::file::Planner;
-use crate::object::inet::ensure;
 use crate::object::{ObjectError, sockopt};
-use crate::plan::{Deed, FileRef, Opened};
+use crate::plan::{Deed, FileRef, Opened, Resumption};
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -27,28 +25,24 @@ pub struct Revival {
     course: Course,
     data: Vec<u8>,
     entry: InetSkEntry,
+    wire: Arc<Wire>,
 }
 
 impl Revival {
     /// What the images say of a connection; `None` where they have none of this socket.
-    pub fn read(entry: &InetSkEntry, scope: u32, cx: &Planner<'_>) -> Result<Option<Self>, ObjectError> {
-        let name = ImageKind::TcpStream.id(entry.ino.into());
-        let Some(state) = State::of_number(entry.state).filter(|_| cx.dir.exists(name).unwrap_or(true)) else {
-            return Ok(None);
-        };
+    pub fn read(entry: &InetSkEntry, scope: u32, cx: &mut Planner<'_>) -> Result<Option<Self>, ObjectError> {
+        let Some(state) = State::of_number(entry.state) else { return Ok(None) };
         let contradiction =
             |what: String| ObjectError::contradiction(format!("the connection of socket {}: {what}", entry.ino));
-        let mut reader = cx.dir.reader(name)?;
-        let (stream, data) = reader
-            .message_with_payload::<TcpStreamEntry>()?
-            .ok_or_else(|| contradiction("its image is empty".into()))?;
+        let Some(image) = streams::of(entry, cx)? else { return Ok(None) };
+        let (stream, data) = image.ok_or_else(|| contradiction("its image is empty".into()))?;
         let mut ends = Ends::of(entry, scope);
         if ends.remote.port() == 0 {
             ends.remote.set_ip(ends.local.ip());
             ends.remote.set_port(DISCARD);
         }
         let course = Course::of(state, &stream).map_err(|e| contradiction(e.to_string()))?;
-        Ok(Some(Self { ends, state, course, data, entry: entry.clone() }))
+        Ok(Some(Self { ends, state, course, data, entry: entry.clone(), wire: Arc::clone(cx.shelf.get()) }))
     }
 
     /// For a reader.
@@ -61,15 +55,36 @@ impl Revival {
         // Queues may hold more than buffers of the usual size, and far more than they had of memory for them: the kernel
         // packs bytes its own way. The socket's own sizes come back when it is full.
         const SPARE: usize = 1 << 20;
-        let room = (self.data.len() * 4 + SPARE).min(i32::MAX as usize / 2) as i32;
-        for name in [libc::SO_SNDBUFFORCE, libc::SO_RCVBUFFORCE] {
-            socket::set_number(made, libc::SOL_SOCKET, name, room)?;
+        if !self.data.is_empty() {
+            let room = (self.data.len() * 4 + SPARE).min(i32::MAX as usize / 2) as i32;
+            for name in [libc::SO_SNDBUFFORCE, libc::SO_RCVBUFFORCE] {
+                socket::set_number(made, libc::SOL_SOCKET, name, room)?;
+            }
         }
-        Ok(perform(made, &self.ends, &self.data, &self.course.make)?)
+        self.steps(made.as_fd(), &self.course.make)
     }
 
     fn steps(&self, made: BorrowedFd<'_>, steps: &[Step]) -> Result<(), Failure> {
-        Ok(perform(made, &self.ends, &self.data, steps)?)
+        Ok(perform(made, &self.ends, &self.data, steps, &self.wire)?)
+    }
+
+    /// Gives the socket what repair mode, full queues and the way that it was made have let it have otherwise.
+    fn settle(&self, made: &OwnedFd) -> Result<(), Failure> {
+        /// Flags that a new socket can be given at once.
+        const AT_ONCE: u32 = (libc::O_ACCMODE | libc::O_NONBLOCK) as u32;
+        let entry = &self.entry;
+        if self.data.is_empty() {
+            sockopt::restore_buffers_over(made, &entry.opts, &sockopt::adapted_buffers(made)?)?;
+        } else {
+            sockopt::restore_buffers(made, &entry.opts)?;
+        }
+        if entry.opts.reuseaddr() {
+            socket::set_number(made, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+        }
+        if entry.flags & !AT_ONCE != 0 {
+            fd::set_flags(made, entry.flags as i32)?;
+        }
+        Ok(())
     }
 
     /// Plans what is done with the socket when all tasks are ready.
@@ -78,7 +93,8 @@ impl Revival {
         connections.locked.push(self.ends.key());
         connections.files.push(file);
         connections.release.push(Box::new(Release { file, revival: Arc::clone(self) }));
-        connections.resume.push(Box::new(Resume { file, revival: Arc::clone(self) }));
+        let resume = Box::new(Resume { file, revival: Arc::clone(self) });
+        connections.resume.push(Resumption { of: self.ends.key(), quiet: self.course.quiet, deed: resume });
     }
 }
 
@@ -96,12 +112,8 @@ impl Deed for Release {
 
     fn run(&self, opened: &Opened) -> Result<(), Failure> {
         let Some(file) = opened.get(self.file) else { return Err("the socket is not open".into()) };
-        let entry = &self.revival.entry;
         self.revival.steps(file.as_fd(), &self.revival.course.release)?;
-        sockopt::restore_buffers(file.as_fd(), &entry.opts)?;
-        // Repair mode has set it to what it wanted.
-        ensure(file, libc::SOL_SOCKET, libc::SO_REUSEADDR, entry.opts.reuseaddr().into())?;
-        Ok(fd::set_flags(file, entry.flags as i32)?)
+        self.revival.settle(file)
     }
 }
 

@@ -13,7 +13,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::rc::Rc;
 
-use nix::sys::stat::{SFlag, fstat, stat};
+use nix::sys::stat::{fstat, stat};
 
 use super::file::{Capture, FileKind, Planner, Seen};
 use super::sockopt::{self, state};
@@ -47,7 +47,7 @@ impl FileKind for Unix {
     }
 
     fn is(&self, seen: &Seen) -> bool {
-        seen.file_type() == SFlag::S_IFSOCK && sockopt::family(&seen.file) == Some(libc::AF_UNIX)
+        seen.family() == Some(libc::AF_UNIX)
     }
 
     fn capture(&self, seen: &Seen, cx: &mut Capture<'_>) -> Result<FileEntry, ObjectError> {

@@ -1,0 +1,59 @@
+//! Work that several processors share.
+
+use std::num::NonZero;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use super::error::During;
+use super::{SysError, SysResult};
+
+/// More threads than this wait for locks of the kernel's rather than work.
+const MOST: usize = 8;
+/// It takes as long to start a thread as to open five files; so many items at least are worth one.
+const LEAST: usize = 32;
+
+/// Shares items out among as many threads as we may use processors, in pieces; what each has come to is in their order.
+pub fn share<T: Sync, R: Send>(items: &[T], work: impl Fn(&[T]) -> R + Sync) -> Vec<R> {
+    let threads = thread::available_parallelism().map_or(1, NonZero::get).min(MOST);
+    let piece = items.len().div_ceil(threads).max(LEAST);
+    thread::scope(|scope| {
+        let work = &work;
+        let mut pieces = items.chunks(piece);
+        let own = pieces.next();
+        let others: Vec<_> = pieces.map(|piece| scope.spawn(move || work(piece))).collect();
+        let joined = |other: thread::ScopedJoinHandle<'_, R>| {
+            other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        own.map(work).into_iter().chain(others.into_iter().map(joined)).collect()
+    })
+}
+
+/// Waits until this thread is the only one of its process. Whoever joins a thread may go on a moment before the kernel
+/// has counted it out.
+pub fn wait_until_alone() -> SysResult<()> {
+    const PATIENCE: Duration = Duration::from_secs(1);
+    const TASKS: &str = "/proc/self/task";
+    let begin = Instant::now();
+    while std::fs::read_dir(TASKS).during("read directory", TASKS)?.count() > 1 {
+        if begin.elapsed() > PATIENCE {
+            return Err(SysError::new("wait for threads of the engine's own", TASKS, Errno::ETIMEDOUT));
+        }
+        thread::yield_now();
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_keep_their_order() {
+        let items: Vec<u32> = (0..1001).collect();
+        let sums = share(&items, |piece| piece.to_vec()).concat();
+        assert_eq!(sums, items);
+        assert!(share(&[], |piece: &[u32]| piece.len()).is_empty());
+    }
+}

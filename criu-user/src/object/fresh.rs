@@ -1,0 +1,130 @@
+//! The options that internet sockets have, and what they are on a new socket: a restore sets only what differs from that.
+//!
+//! A server's thousand connections differ from new sockets in two or three of some forty options.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, OnceLock};
+
+use super::ObjectError;
+use super::sockopt;
+use super::tcp::options;
+use crate::image::proto::{InetSkEntry, IpOptsEntry, SkOptsEntry, TcpOptsEntry};
+use crate::kernel::{SysResult, socket};
+
+/// Options that are numbers, by their level and name, and their fields.
+type IpNumber = (i32, i32, fn(&mut IpOptsEntry) -> &mut Option<u32>);
+type IpSwitch = (i32, i32, fn(&mut IpOptsEntry) -> &mut Option<bool>);
+
+const IPV6_FREEBIND: i32 = 78;
+const V4_SWITCHES: [IpSwitch; 2] =
+    [(libc::SOL_IP, libc::IP_FREEBIND, |o| &mut o.freebind), (libc::SOL_IP, libc::IP_PKTINFO, |o| &mut o.pktinfo)];
+const V6_SWITCHES: [IpSwitch; 2] = [
+    (libc::SOL_IPV6, IPV6_FREEBIND, |o| &mut o.freebind),
+    (libc::SOL_IPV6, libc::IPV6_RECVPKTINFO, |o| &mut o.pktinfo),
+];
+const V4_NUMBERS: [IpNumber; 2] =
+    [(libc::SOL_IP, libc::IP_TOS, |o| &mut o.tos), (libc::SOL_IP, libc::IP_TTL, |o| &mut o.ttl)];
+const V6_NUMBERS: [IpNumber; 2] = [
+    (libc::SOL_IPV6, libc::IPV6_TCLASS, |o| &mut o.traffic_class),
+    (libc::SOL_IPV6, libc::IPV6_UNICAST_HOPS, |o| &mut o.hops),
+];
+
+/// Reads the options of IP.
+pub fn ip_options(file: &OwnedFd, v6: bool) -> Result<IpOptsEntry, ObjectError> {
+    let mut opts = IpOptsEntry::default();
+    // An IPv6 socket may talk IPv4 as well, and then has both kinds.
+    for (level, name, field) in if v6 { V6_SWITCHES } else { V4_SWITCHES } {
+        let value = sockopt::where_there(socket::number(file, level, name))?;
+        *field(&mut opts) = value.filter(|&v| v != 0).map(|_| true);
+    }
+    let numbers = V4_NUMBERS.iter().chain(v6.then_some(&V6_NUMBERS).into_iter().flatten());
+    for &(level, name, field) in numbers {
+        *field(&mut opts) = sockopt::where_there(socket::number(file, level, name))?.map(|v| v as u32);
+    }
+    Ok(opts)
+}
+
+/// All options of a socket.
+#[derive(Debug, Default)]
+pub struct Options {
+    socket: SkOptsEntry,
+    ip: IpOptsEntry,
+    tcp: TcpOptsEntry,
+}
+
+/// What a new socket of a kind has, found out when the first one is made.
+#[derive(Debug, Default)]
+pub struct Fresh {
+    options: OnceLock<Options>,
+}
+
+/// Those of all kinds that a plan has, by family, type and protocol.
+#[derive(Debug, Default)]
+pub struct Kinds(std::collections::HashMap<(u32, u32, u32), Arc<Fresh>>);
+
+impl Kinds {
+    /// What new sockets of an entry's kind have.
+    pub fn of(&mut self, entry: &InetSkEntry) -> Arc<Fresh> {
+        Arc::clone(self.0.entry((entry.family, entry.r#type, entry.proto)).or_default())
+    }
+}
+
+impl Fresh {
+    fn options(&self, entry: &InetSkEntry) -> Result<&Options, ObjectError> {
+        if let Some(known) = self.options.get() {
+            return Ok(known);
+        }
+        let new = socket::new(entry.family as i32, entry.r#type as i32, entry.proto as i32)?;
+        let v6 = entry.family as i32 == libc::AF_INET6;
+        let tcp = if super::inet::is_tcp(entry.proto) { options::capture(&new)? } else { TcpOptsEntry::default() };
+        let found = Options { socket: sockopt::capture(&new)?, ip: ip_options(&new, v6)?, tcp };
+        Ok(self.options.get_or_init(|| found))
+    }
+
+    /// Gives a new socket its options, but for the sizes of its buffers if it is a connection that is kept: these come
+    /// when its queues are full.
+    pub fn restore(&self, made: &OwnedFd, entry: &InetSkEntry, buffers: Buffers) -> Result<(), ObjectError> {
+        let fresh = self.options(entry)?;
+        if buffers == Buffers::Now {
+            sockopt::restore_buffers_over(made, &entry.opts, &fresh.socket)?;
+        }
+        sockopt::restore_over(made, &entry.opts, Some(&fresh.socket))?;
+        if let Some(opts) = &entry.ip_opts {
+            ip_restore(made, opts.clone(), fresh.ip.clone(), entry.family as i32 == libc::AF_INET6)?;
+            // IP_TOS has changed it.
+            if let Some(priority) = entry.opts.so_priority.filter(|_| opts.tos != fresh.ip.tos) {
+                socket::set_number(made, libc::SOL_SOCKET, libc::SO_PRIORITY, priority as i32)?;
+            }
+        }
+        if super::inet::is_tcp(entry.proto) {
+            options::restore(made, options::of(entry), fresh.tcp.clone())?;
+        }
+        Ok(())
+    }
+}
+
+/// When a socket's buffers get their sizes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Buffers {
+    /// With all other options.
+    Now,
+    /// When its queues are full.
+    Later,
+}
+
+fn ip_restore(made: &OwnedFd, mut opts: IpOptsEntry, mut fresh: IpOptsEntry, v6: bool) -> SysResult<()> {
+    for (level, name, field) in if v6 { V6_SWITCHES } else { V4_SWITCHES } {
+        let (want, have) = (field(&mut opts).unwrap_or(false), field(&mut fresh).unwrap_or(false));
+        if want != have {
+            socket::set_number(made, level, name, want.into())?;
+        }
+    }
+    for (level, name, field) in V4_NUMBERS.iter().chain(&V6_NUMBERS) {
+        if let Some(value) = *field(&mut opts)
+            && *field(&mut fresh) != Some(value)
+        {
+            socket::set_number(made, *level, *name, value as i32)?;
+        }
+    }
+    Ok(())
+}
