@@ -326,7 +326,8 @@ struct Group(std::path::PathBuf);
 impl Group {
     fn new() -> Self {
         let base = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"].into_iter().map(Path::new);
-        let base = base.into_iter().find(|dir| dir.join("cgroup.procs").exists()).expect("a cgroup hierarchy of version 2");
+        let base =
+            base.into_iter().find(|dir| dir.join("cgroup.procs").exists()).expect("a cgroup hierarchy of version 2");
         let dir = base.join(format!("e2e-sessions-{}", std::process::id()));
         fs::create_dir(&dir).expect("making a control group");
         Self(dir)

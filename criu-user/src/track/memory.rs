@@ -90,11 +90,10 @@ impl Memory {
                     return Ok(look);
                 }
                 let begin = Instant::now();
-                let installed = install(self.pid);
-                look.installing += begin.elapsed();
-                match installed {
+                match install(self.pid) {
                     Ok(Some((watch, stopped))) => {
                         look.stopped += stopped;
+                        look.installing += begin.elapsed();
                         tracing::debug!(pid = self.pid.as_raw(), ?stopped, took = ?begin.elapsed(), "its writes are watched");
                         self.watch = Some(watch);
                         is_first = true;

@@ -26,7 +26,7 @@ use tokio_util::codec::{Framed, LengthDelimitedCodec};
 use super::TrackError;
 use super::recorder::Recorder;
 use super::report::Report;
-use super::tree::{Belief, Tree};
+use super::tree::{Belief, Tree, TreeLook};
 use super::wire::{self, Answer, Ask, Begun, Empty, Reply, Request, Tracked};
 use super::witness::{News, Witness};
 use crate::kernel::kept;
@@ -137,7 +137,7 @@ impl Session {
         };
         let session = Self { listener, socket, shared: Rc::new(shared), root, options };
         // The first look brings the userfaultfds in: what cannot be tracked is known before anybody relies on it.
-        session.shared.look(Belief::Seen);
+        session.shared.report(Belief::Seen);
         Ok(session)
     }
 
@@ -177,15 +177,13 @@ impl Session {
         loop {
             let wake = shared.early.get().map_or(next, |early| early.min(next));
             tokio::select! {
+                // Its pidfd tells when the root has ended with all its threads.
                 _ = self.root.readable() => return End::Tree,
                 () = readable(ring.as_ref()) => {
                     shared.hear();
                     continue;
                 }
                 () = tokio::time::sleep_until(wake.into()) => {}
-            }
-            if !shared.tree.borrow().is_alive() {
-                return End::Tree;
             }
             // Whoever makes an image has the tree for himself.
             let held = shared.hold.try_lock();
@@ -197,7 +195,7 @@ impl Session {
                 continue;
             }
             if held.is_ok() {
-                shared.look(Belief::Told);
+                shared.report(Belief::Told);
             }
             next = Instant::now() + self.pause();
         }
@@ -294,20 +292,25 @@ impl Shared {
         tracing::debug!(?stopped, took = ?begin.elapsed(), "looked at new memory");
     }
 
-    /// Looks at the tree, and reports.
-    fn look(&self, belief: Belief) -> Duration {
+    /// Looks at the tree.
+    fn look(&self, belief: Belief) -> TreeLook {
         self.hear();
-        let begin = Instant::now();
         let mut witness = self.witness.borrow_mut();
-        witness.be_watched(self.reports.receiver_count() > 0);
         let belief = if witness.tells_of_lifecycle() { belief } else { Belief::Seen };
         let found = self.tree.borrow_mut().look(belief);
         // Those that nobody told of are followed from here on; those that belong to others now are not.
         found.met.iter().for_each(|&pid| witness.follow(pid));
         found.left.iter().for_each(|&pid| witness.forget(pid));
+        found
+    }
+
+    /// Looks at the tree, and reports.
+    fn report(&self, belief: Belief) {
+        let begin = Instant::now();
+        let found = self.look(belief);
         let took = begin.elapsed();
-        let faults = FAULT * found.written().min(u32::MAX.into()) as u32;
-        self.breath.set(took.saturating_sub(found.installing).max(faults) * SHARE);
+        let mut witness = self.witness.borrow_mut();
+        witness.be_watched(self.reports.receiver_count() > 0);
         let lost_before = self.reports.borrow().lost.lifecycle;
         let mut report = self.recorder.borrow_mut().report(&self.tree.borrow(), &found, &mut witness, begin, took);
         report.has_image = !self.since.borrow().is_empty();
@@ -315,12 +318,17 @@ impl Shared {
             self.tree.borrow_mut().doubt();
         }
         self.reports.send_replace(report);
-        found.stopped
+        // What is done once does not come again.
+        let cost = begin.elapsed().saturating_sub(found.installing);
+        let faults = FAULT * found.written().min(u32::MAX.into()) as u32;
+        self.breath.set(cost.max(faults) * SHARE);
     }
 
-    /// Hands over what was written since the last image.
+    /// Hands over what was written since the last image. Nothing is reported: whoever makes an image waits.
     fn cut(&self) -> Begun {
-        let stopped = self.look(Belief::Seen);
+        let found = self.look(Belief::Seen);
+        let stopped = found.stopped;
+        self.tree.borrow_mut().carry(&found);
         let mut tree = self.tree.borrow_mut();
         let processes = tree
             .processes

@@ -97,12 +97,6 @@ impl Tree {
         self.parents.get(&pid).copied()
     }
 
-    /// Whether the root is still there and alive.
-    pub fn is_alive(&self) -> bool {
-        proc::stat(self.root, None).is_ok_and(|stat| stat.start_time == self.root_start)
-            && proc::Shown::find(self.root).is_some()
-    }
-
     /// Takes news in. Tells whether there is new memory that nobody watches yet.
     pub fn hear(&mut self, news: &[News]) -> bool {
         let mut is_new = false;
@@ -152,12 +146,16 @@ impl Tree {
             let Some(memory) = self.processes.get_mut(&pid) else { continue };
             let look = look_at(memory).unwrap_or_default();
             longest = longest.max(look.stopped);
-            let early = self.early.entry(pid).or_default();
-            early.written += look.written;
-            early.again += look.again;
-            early.stopped = early.stopped.max(look.stopped);
+            self.early.entry(pid).or_default().written += look.written;
         }
         longest
+    }
+
+    /// Has what was found count for the next look as well, because it was not reported.
+    pub fn carry(&mut self, found: &TreeLook) {
+        for (&pid, look) in &found.looks {
+            self.early.entry(pid).or_default().written += look.written;
+        }
     }
 
     /// Looks at every process once: new ones are met, those that have ended forgotten. A process that cannot be looked at
@@ -175,7 +173,6 @@ impl Tree {
             let Some(mut look) = look_at(memory) else { continue };
             if let Some(before) = early.get(&pid) {
                 look.written += before.written;
-                look.stopped = look.stopped.max(before.stopped);
             }
             found.installing += look.installing;
             found.stopped = found.stopped.max(look.stopped);
