@@ -11,6 +11,7 @@ mod inet;
 mod killed;
 mod live;
 mod memory;
+mod metrics;
 mod net;
 mod pipes;
 mod programs;

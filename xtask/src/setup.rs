@@ -44,11 +44,15 @@ const FOR_TESTS: &[(&str, &str)] = &[
     ("nginx-light", "a program that is dumped"),
     ("nodejs", "a program that is dumped"),
     ("procps", "tests look at processes"),
+    ("prometheus", "scrapes a session in a test; its service is neither started nor enabled"),
     ("redis-server", "a program that is dumped"),
     ("redis-tools", "its client"),
     ("socat", "peers for pipes, ptys and sockets"),
     ("tmux", "a program that is dumped, and the terminal of the screen"),
 ];
+
+/// Those that bring a service which would start at the next boot, and which only a test needs.
+const SERVICES: &[&str] = &["prometheus"];
 
 /// Installs packages and programs. `build` as argument leaves out what only lint and the tests need.
 pub fn run(args: &[String]) -> Result<()> {
@@ -110,7 +114,13 @@ fn install(packages: &[(&str, &str)]) -> Result<()> {
         eprintln!("setup: {error:#}; going on with the package lists that are there");
     }
     let _policy = NoServices::new()?;
-    run_command(&mut install)
+    run_command(&mut install)?;
+    // Of those only that were not here before: somebody may use his own.
+    for (name, _) in missing.iter().filter(|(name, _)| SERVICES.contains(name) && find("systemctl").is_some()) {
+        eprintln!("setup: the service {name} is disabled; `systemctl enable {name}` changes that");
+        run_command(Command::new("systemctl").args(["--quiet", "disable", name]))?;
+    }
+    Ok(())
 }
 
 fn apt() -> Command {

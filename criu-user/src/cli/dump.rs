@@ -10,6 +10,7 @@ use nix::unistd::Pid;
 
 use super::common::Common;
 use super::error::CliError;
+use super::metrics::CommandMetrics;
 use super::progress::Progress;
 use super::scripts::Scripts;
 use super::status::StatusFd;
@@ -23,6 +24,7 @@ use crate::lineage::Tracking;
 use crate::object::cgroup::Manage;
 use crate::object::outside::{External, Inherit};
 use crate::object::tcp::NetworkLock;
+use crate::outcome;
 use crate::predump::{self, PreDumpOptions};
 
 #[derive(Debug, Args)]
@@ -96,6 +98,8 @@ pub(super) struct DumpArgs {
     freeze_cgroup: Option<PathBuf>,
     #[command(flatten)]
     tracking: TrackingArgs,
+    #[command(flatten)]
+    metrics: CommandMetrics,
 }
 
 /// What dumps and pre-dumps are asked about memory tracking.
@@ -163,6 +167,7 @@ fn size(text: &str) -> Result<u64, String> {
 pub(super) fn run(args: DumpArgs) -> Outcome {
     args.common.make_images_dir();
     log::start(&args.common)?;
+    let told = args.metrics.begin()?;
     let status = StatusFd::take(args.common.status_fd)?;
     let watcher = Watcher::new(Scripts::new(&args.common)?, Progress::new("writing memory", &args.common), None);
     let common = args.common;
@@ -198,7 +203,9 @@ pub(super) fn run(args: DumpArgs) -> Outcome {
         ghost_limit: args.ghost_limit,
         tracking: args.tracking.wanted(false),
     };
-    let summary = dump::dump(&options, &watcher).inspect_err(|_| watcher.give_up())?;
+    let result = dump::dump(&options, &watcher);
+    told.run(Some(options.pid), &outcome::of_dump(&result));
+    let summary = result.inspect_err(|_| watcher.give_up())?;
     watcher.finish();
     if options.tracking.auto_dedup {
         dedup(&options.images_dir)?;
@@ -231,6 +238,7 @@ pub(super) fn pre_dump(args: PreDumpArgs) -> Outcome {
     let PreDumpArgs { dump: args, pre_dump_mode: PreDumpMode::Read | PreDumpMode::Splice } = args;
     args.common.make_images_dir();
     log::start(&args.common)?;
+    let told = args.metrics.begin()?;
     let status = StatusFd::take(args.common.status_fd)?;
     let watcher = Watcher::new(Scripts::new(&args.common)?, Progress::new("copying memory", &args.common), None);
     let options = PreDumpOptions {
@@ -239,7 +247,9 @@ pub(super) fn pre_dump(args: PreDumpArgs) -> Outcome {
         images_dir: args.common.images_dir.clone(),
         tracking: args.tracking.wanted(true),
     };
-    let summary = predump::pre_dump(&options, &watcher).inspect_err(|_| watcher.give_up())?;
+    let result = predump::pre_dump(&options, &watcher);
+    told.run(Some(options.pid), &outcome::of_pre_dump(&result));
+    let summary = result.inspect_err(|_| watcher.give_up())?;
     watcher.finish();
     if options.tracking.auto_dedup {
         dedup(&options.images_dir)?;

@@ -7,6 +7,7 @@ use crate::dump::DumpError;
 use crate::image::ImageError;
 use crate::kernel::SysError;
 use crate::kernel::ebpf::EbpfError;
+use crate::metrics::textfile::TextfileError;
 use crate::object::ObjectError;
 use crate::predump::PreDumpError;
 use crate::restore::RestoreError;
@@ -39,6 +40,9 @@ pub(super) enum CliError {
     /// The gates cannot be seen to.
     #[error(transparent)]
     Ebpf(#[from] EbpfError),
+    /// There is no file of metrics.
+    #[error(transparent)]
+    Textfile(#[from] TextfileError),
     /// No such gate.
     #[error("there is no gate {name}; `criu-ebpf gate list` shows which there are")]
     UnknownGate {

@@ -7,6 +7,7 @@ mod dump;
 mod error;
 mod gate;
 mod log;
+mod metrics;
 mod peer;
 mod progress;
 mod restore;

@@ -11,6 +11,7 @@ use nix::unistd::Pid;
 
 use super::common::Common;
 use super::error::CliError;
+use super::metrics::CommandMetrics;
 use super::progress::Progress;
 use super::scripts::Scripts;
 use super::status::{PidFile, StatusFd};
@@ -23,6 +24,7 @@ use crate::kernel::root::Root;
 use crate::object::cgroup::{Manage, NewRoot};
 use crate::object::outside::{External, Inherit};
 use crate::object::tcp::NetworkLock;
+use crate::outcome;
 use crate::restore::{self, RestoreOptions, Summary};
 
 #[derive(Debug, Args)]
@@ -95,6 +97,8 @@ pub(super) struct RestoreArgs {
     /// Print the plan, as JSON with --json, and restore nothing
     #[arg(long)]
     explain: bool,
+    #[command(flatten)]
+    metrics: CommandMetrics,
 }
 
 pub(super) fn run(args: RestoreArgs) -> Outcome {
@@ -103,11 +107,15 @@ pub(super) fn run(args: RestoreArgs) -> Outcome {
     if args.explain {
         return explain(&args.common, &options);
     }
+    let told = args.metrics.begin()?;
     let status = StatusFd::take(args.common.status_fd)?;
     let pid_file = args.pidfile.as_ref().map(|name| PidFile::new(options.work_dir.join(name))).transpose()?;
     let watcher = Watcher::new(Scripts::new(&args.common)?, Progress::new("filling memory", &args.common), pid_file);
     let attendant = if args.restore_detached || args.exec_cmd { None } else { Some(Attendant::begin()?) };
-    let summary = restore::restore(&options, &watcher).inspect_err(|_| watcher.give_up())?;
+    let result = restore::restore(&options, &watcher);
+    let root = result.as_ref().ok().map(|summary| Pid::from_raw(summary.pid));
+    told.run(root, &outcome::of_restore(&result));
+    let summary = result.inspect_err(|_| watcher.give_up())?;
     watcher.finish();
     if let Some(status) = status {
         status.report();

@@ -11,6 +11,7 @@ use prost::Message;
 use super::TrackError;
 use super::report::Report;
 use super::wire::{self, Answer, Ask, Begun, Empty, Reply, Request};
+use crate::metrics::Run;
 
 /// How long an answer may take: a look at hundreds of gigabytes.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -68,6 +69,11 @@ impl Client {
     /// Ends the session.
     pub fn stop(&mut self) -> Result<(), TrackError> {
         self.done(Ask::Stop(Empty {}))
+    }
+
+    /// Tells what a dump, pre-dump or restore came to. There is no answer to wait for: it is for the metrics only.
+    pub fn tell(&mut self, run: &Run) -> Result<(), TrackError> {
+        self.send(Ask::Told(run.into()))
     }
 
     /// What the session knows now.

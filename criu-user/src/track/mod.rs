@@ -4,12 +4,15 @@
 //! image ([`memory`], [`tree`]), hears from eBPF programs what happens meanwhile ([`witness`]), and tells whoever asks at its control socket ([`wire`], [`client`]).
 
 pub mod client;
+pub mod export;
 mod install;
+mod measures;
 pub mod memory;
 mod recorder;
 mod refusals;
 pub mod report;
 pub mod session;
+mod told;
 pub mod tree;
 pub mod wire;
 pub mod witness;
@@ -17,6 +20,8 @@ pub mod witness;
 use crate::agent::AgentError;
 use crate::freeze::FreezeError;
 use crate::kernel::SysError;
+use crate::metrics::address::Address;
+use crate::metrics::textfile::TextfileError;
 use std::path::PathBuf;
 
 /// Why tracking failed. The tree goes on as if nothing had happened.
@@ -85,5 +90,26 @@ pub enum TrackError {
         pid: i32,
         /// What it said.
         what: String,
+    },
+    /// Metrics cannot be served.
+    #[error("metrics cannot be served at {address}: {source}; name another address with --metrics")]
+    Metrics {
+        /// Where.
+        address: Address,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// There is no file of metrics.
+    #[error(transparent)]
+    Textfile(#[from] TextfileError),
+    /// A session that runs has the options that it was started with.
+    #[error(
+        "process {pid} is tracked already, by a session that {option} cannot be said to any more; end it with `criu-ebpf track --stop {pid}` first"
+    )]
+    AlreadyTracked {
+        /// The root of the tree.
+        pid: i32,
+        /// What was asked for.
+        option: &'static str,
     },
 }

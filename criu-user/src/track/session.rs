@@ -24,6 +24,8 @@ use tokio::task::LocalSet;
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
 
 use super::TrackError;
+use super::export::{Exporter, MetricsOptions};
+use super::measures::Measures;
 use super::recorder::Recorder;
 use super::report::Report;
 use super::tree::{Belief, Tree, TreeLook};
@@ -55,6 +57,8 @@ pub struct SessionOptions {
     pub ebpf: bool,
     /// What SIGINT and SIGTERM do.
     pub signals: Signals,
+    /// Where metrics go.
+    pub metrics: MetricsOptions,
 }
 
 /// Whose the signals are that come to a session's process.
@@ -83,6 +87,7 @@ pub struct Session {
     shared: Rc<Shared>,
     root: AsyncFd<OwnedFd>,
     options: SessionOptions,
+    exporter: Exporter,
 }
 
 #[derive(Debug)]
@@ -94,6 +99,7 @@ struct Shared {
     hold: Arc<Mutex<()>>,
     reports: watch::Sender<Report>,
     stop: Notify,
+    measures: Rc<RefCell<Measures>>,
     witness: RefCell<Witness>,
     recorder: RefCell<Recorder>,
     /// Time that the next interval should take at least.
@@ -120,6 +126,7 @@ impl Session {
         let pidfd = PidFd::open(options.root)?;
         let (listener, socket) = listen(options.root)?;
         let root = pidfd.into_async().map_err(|source| TrackError::Socket { path: socket.0.clone(), source })?;
+        let exporter = Exporter::begin(&options.metrics, options.root)?;
         // Before the first look, so that nobody who is forked meanwhile is missed.
         let witness =
             if options.ebpf { Witness::start(options.root) } else { Witness::absent("not wanted (--no-ebpf)") };
@@ -129,15 +136,17 @@ impl Session {
             hold: Arc::default(),
             reports: watch::channel(Report::default()).0,
             stop: Notify::new(),
+            measures: Rc::default(),
             witness: RefCell::new(witness),
             recorder: RefCell::default(),
             breath: Cell::default(),
             early: Cell::default(),
             early_took: Cell::default(),
         };
-        let session = Self { listener, socket, shared: Rc::new(shared), root, options };
+        let mut session = Self { listener, socket, shared: Rc::new(shared), root, options, exporter };
         // The first look brings the userfaultfds in: what cannot be tracked is known before anybody relies on it.
         session.shared.report(Belief::Seen);
+        session.exporter.write(&session.shared.measures.borrow(), &session.shared.reports.borrow())?;
         Ok(session)
     }
 
@@ -148,18 +157,20 @@ impl Session {
 
     /// Works until the tree ends or somebody stops it. `beside` runs beside (a screen, a printer); when it ends, so does
     /// the session.
-    pub async fn run(self, beside: impl Future<Output = ()>) -> Result<End, TrackError> {
+    pub async fn run(mut self, beside: impl Future<Output = ()>) -> Result<End, TrackError> {
         let path = self.socket.0.clone();
         let failed = |source| TrackError::Socket { path: path.clone(), source };
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
         let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
         let ends = self.options.signals == Signals::End;
+        let exporting = std::mem::take(&mut self.exporter).run(self.shared.measures.clone(), self.reports());
         let serving = LocalSet::new();
         let end = serving.run_until(async {
             tokio::select! {
                 end = self.watch_tree() => end,
                 () = self.serve() => End::Stopped,
                 () = beside => End::Stopped,
+                () = exporting => End::Stopped,
                 () = self.shared.stop.notified() => End::Stopped,
                 _ = interrupt.recv(), if ends => End::Stopped,
                 _ = terminate.recv(), if ends => End::Stopped,
@@ -317,6 +328,7 @@ impl Shared {
         if report.lost.lifecycle != lost_before {
             self.tree.borrow_mut().doubt();
         }
+        self.measures.borrow_mut().looked(found.written(), took);
         self.reports.send_replace(report);
         // What is done once does not come again.
         let cost = begin.elapsed().saturating_sub(found.installing);
@@ -420,6 +432,10 @@ impl Connection {
             Ask::Stop(_) => {
                 // The answer should still be read by the asker; the runtime ends once this task waits for it.
                 self.shared.stop.notify_one();
+                done
+            }
+            Ask::Told(told) => {
+                self.shared.measures.borrow_mut().told(&told.into());
                 done
             }
             Ask::Follow(_) => done,

@@ -322,7 +322,7 @@ fn testify(watch: &mut Watch, process: &Tracked) -> EbpfResult<Testimony> {
 }
 
 /// How a kind of state is called in reports.
-fn kind_name(kind: Kind) -> String {
+pub(super) fn kind_name(kind: Kind) -> String {
     format!("{kind:?}").to_lowercase()
 }
 

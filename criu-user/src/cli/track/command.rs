@@ -52,7 +52,7 @@ pub(super) fn run(args: &TrackArgs) -> Outcome {
     let runtime = runtime(child)?;
     let status = runtime.block_on(async {
         let mut signals = Arrivals::new(child)?;
-        let session = Session::begin(args.options(child))?;
+        let session = Session::begin(args.options(child)?)?;
         let mut reports = session.reports();
         go.write_all(&[0]).map_err(|source| socket_failed(child, source))?;
         drop(go);

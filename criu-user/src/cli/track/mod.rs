@@ -17,6 +17,7 @@ use nix::unistd::{Pid, setsid};
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
 
+use super::metrics::TrackMetrics;
 use super::{Outcome, say};
 use crate::kernel::fd;
 use crate::track::TrackError;
@@ -62,6 +63,8 @@ pub(super) struct TrackArgs {
     /// Do without eBPF programs
     #[arg(long)]
     no_ebpf: bool,
+    #[command(flatten)]
+    metrics: TrackMetrics,
     /// Be the session in the background
     #[arg(long, hide = true)]
     serve: bool,
@@ -97,10 +100,11 @@ pub(super) fn run(args: TrackArgs) -> Outcome {
     if !args.serve
         && let Some(client) = Client::connect(root)?
     {
+        args.metrics.refuse_for(root)?;
         return attach(client, root, &args);
     }
     let end = runtime(root)?.block_on(async {
-        let session = Session::begin(args.options(root))?;
+        let session = Session::begin(args.options(root)?)?;
         if args.serve {
             go_to_the_background().map_err(|source| socket_failed(root, source))?;
             return session.run(std::future::pending()).await;
@@ -119,21 +123,25 @@ fn detach(roots: &[Pid], args: &TrackArgs) -> Outcome {
     let mut words: Vec<OsString> = vec!["--interval".into(), args.interval.to_string().into()];
     words.extend(args.no_ebpf.then(|| "--no-ebpf".into()));
     for &root in roots {
-        if Client::connect(root)?.is_none() {
-            client::start(root, &words)?;
+        if Client::connect(root)?.is_some() {
+            args.metrics.refuse_for(root)?;
+            continue;
         }
+        let metrics = args.metrics.words().map_err(|source| socket_failed(root, source))?;
+        client::start(root, &[&words[..], &metrics].concat())?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
 impl TrackArgs {
-    fn options(&self, root: Pid) -> SessionOptions {
-        SessionOptions {
+    fn options(&self, root: Pid) -> Result<SessionOptions, TrackError> {
+        Ok(SessionOptions {
             root,
             interval: Duration::from_millis(self.interval),
             ebpf: !self.no_ebpf,
             signals: if self.command.is_empty() { Signals::End } else { Signals::Elsewhere },
-        }
+            metrics: self.metrics.options().map_err(|source| socket_failed(root, source))?,
+        })
     }
 }
 

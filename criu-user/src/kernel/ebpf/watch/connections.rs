@@ -34,24 +34,24 @@ pub struct Connection {
     pub unacknowledged: u32,
 }
 
-/// Names of the states, by their numbers in include/net/tcp_states.h.
-const STATES: [&str; 13] = [
-    "unknown",
-    "established",
-    "syn_sent",
-    "syn_recv",
-    "fin_wait1",
-    "fin_wait2",
-    "time_wait",
-    "close",
-    "close_wait",
-    "last_ack",
-    "listen",
-    "closing",
-    "new_syn_recv",
-];
-
 impl Connection {
+    /// Names of the states, by their numbers in include/net/tcp_states.h.
+    pub const STATES: [&str; 13] = [
+        "unknown",
+        "established",
+        "syn_sent",
+        "syn_recv",
+        "fin_wait1",
+        "fin_wait2",
+        "time_wait",
+        "close",
+        "close_wait",
+        "last_ack",
+        "listen",
+        "closing",
+        "new_syn_recv",
+    ];
+
     /// The number of a socket that listens.
     pub const LISTEN: u32 = 10;
     /// The number of a socket that is not connected.
@@ -59,7 +59,7 @@ impl Connection {
 
     /// The name of its state.
     pub fn state_name(&self) -> &'static str {
-        STATES.get(self.state as usize).copied().unwrap_or(STATES[0])
+        Self::STATES.get(self.state as usize).copied().unwrap_or(Self::STATES[0])
     }
 
     pub(super) fn new(socket: &Socket) -> Self {
