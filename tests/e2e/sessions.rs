@@ -392,6 +392,8 @@ fn assert_untouched(program: &Program) {
     }
 }
 
+const KINDS: [&str; 3] = ["prog", "map", "link"];
+
 /// eBPF objects of sessions that nobody has open.
 fn left_over(kind: &str) -> Vec<Value> {
     let output = Command::new("bpftool").args([kind, "-j"]).output().expect("bpftool");
@@ -400,11 +402,17 @@ fn left_over(kind: &str) -> Vec<Value> {
     all.iter().filter(is_ours).filter(|object| object["pids"].as_array().is_none_or(Vec::is_empty)).cloned().collect()
 }
 
-fn assert_clean() {
+/// All of them, by their numbers.
+fn numbers(kind: &str) -> BTreeSet<u64> {
+    left_over(kind).iter().filter_map(|object| object["id"].as_u64()).collect()
+}
+
+/// Nothing is there that was not there before.
+fn assert_clean(before: &[BTreeSet<u64>; 3]) {
     let end = Instant::now() + PATIENCE;
-    for kind in ["prog", "map", "link"] {
+    for (kind, before) in KINDS.iter().zip(before) {
         // The kernel takes its time, and sessions of other tests come and go.
-        while !left_over(kind).is_empty() {
+        while !numbers(kind).is_subset(before) {
             assert!(Instant::now() < end, "left over: {:?}", left_over(kind));
             std::thread::sleep(Duration::from_millis(50));
         }
@@ -417,6 +425,7 @@ fn killed_at_any_moment() {
     let row = Row::ours(Survey::Ebpf);
     let mut program = Workload::new("writes.c", "everything").env("GLIBC_TUNABLES", "glibc.pthread.rseq=0").start();
     let mut moments = Moments::new();
+    let objects = KINDS.map(numbers);
     for _ in 0..kills() {
         let mut tracker = Tracker::start(&["--interval", "100", &program.pid().to_string()]);
         std::thread::sleep(moments.within(Duration::from_millis(700)));
@@ -424,7 +433,7 @@ fn killed_at_any_moment() {
         wait_unharmed(&program);
         assert_untouched(&program);
     }
-    assert_clean();
+    assert_clean(&objects);
     // The last socket is stale: it is replaced.
     let first = row.next_images(&program);
     row.dumper.pre_dump(&program, &first, None).expect_success();
