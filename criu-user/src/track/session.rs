@@ -330,8 +330,8 @@ impl Shared {
         }
         self.measures.borrow_mut().looked(found.written(), took);
         self.reports.send_replace(report);
-        // What is done once does not come again.
-        let cost = begin.elapsed().saturating_sub(found.installing);
+        // What is done once does not come again; dry looks, and loading programs, have limits of their own.
+        let cost = took.saturating_sub(found.installing);
         let faults = FAULT * found.written().min(u32::MAX.into()) as u32;
         self.breath.set(cost.max(faults) * SHARE);
     }
