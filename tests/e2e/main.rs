@@ -17,6 +17,8 @@ mod pipes;
 mod programs;
 mod refusals;
 mod registers;
+mod screen;
+mod sessions;
 mod signals;
 mod survey;
 mod tcp;

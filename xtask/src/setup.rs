@@ -48,7 +48,7 @@ const FOR_TESTS: &[(&str, &str)] = &[
     ("redis-server", "a program that is dumped"),
     ("redis-tools", "its client"),
     ("socat", "peers for pipes, ptys and sockets"),
-    ("tmux", "a program that is dumped"),
+    ("tmux", "a program that is dumped, and the terminal of the screen"),
 ];
 
 /// Those that bring a service which would start at the next boot, and which only a test needs.

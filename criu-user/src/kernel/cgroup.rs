@@ -27,6 +27,21 @@ impl Hierarchy {
     }
 }
 
+/// The processes of the group with this directory and of those below it, as far as this pid namespace shows them.
+pub fn members(dir: &Path) -> Vec<Pid> {
+    let mut found = Vec::new();
+    let mut dirs: Vec<PathBuf> = vec![dir.to_owned()];
+    while let Some(dir) = dirs.pop() {
+        let text = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+        found.extend(text.lines().filter_map(|line| line.parse().ok()).map(Pid::from_raw));
+        let entries = std::fs::read_dir(&dir).into_iter().flatten().flatten();
+        dirs.extend(entries.filter(|e| e.file_type().is_ok_and(|kind| kind.is_dir())).map(|e| e.path()));
+    }
+    // 0: of another pid namespace.
+    found.retain(|pid| pid.as_raw() != 0);
+    found
+}
+
 /// The hierarchies that are mounted.
 pub fn hierarchies() -> SysResult<Vec<Hierarchy>> {
     let mut found: Vec<Hierarchy> = Vec::new();

@@ -38,6 +38,8 @@ pub struct Look {
     pub again: u64,
     /// For how long the process had to be stopped, if it had.
     pub stopped: Duration,
+    /// How much of the look went into bringing the means of tracking in, which is done once.
+    pub installing: Duration,
 }
 
 /// The tracked memory of a process.
@@ -96,6 +98,7 @@ impl Memory {
                 match install(self.pid) {
                     Ok(Some((watch, stopped))) => {
                         look.stopped += stopped;
+                        look.installing += begin.elapsed();
                         tracing::debug!(pid = self.pid.as_raw(), ?stopped, took = ?begin.elapsed(), "its writes are watched");
                         self.watch = Some(watch);
                         is_first = true;

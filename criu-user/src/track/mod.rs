@@ -67,6 +67,23 @@ pub enum TrackError {
         /// What is wrong.
         what: String,
     },
+    /// Nothing to track in a control group.
+    #[error("there is no process in the control group {path}; give its directory below /sys/fs/cgroup", path = path.display())]
+    EmptyGroup {
+        /// Its directory.
+        path: PathBuf,
+    },
+    /// More than one tree, where there can be one.
+    #[error(
+        "there are several trees in the control group {path}, with the roots {roots:?}; track all of them in the background with -d, or one of them by its pid",
+        path = path.display()
+    )]
+    SeveralTrees {
+        /// The group's directory.
+        path: PathBuf,
+        /// The roots.
+        roots: Vec<i32>,
+    },
     /// The session was started and ended at once.
     #[error("the session of process {pid} did not start: {what}")]
     NotStarted {

@@ -55,7 +55,6 @@ impl Recorder {
         let explains = |call: &CallReport| refusals.iter().any(|refusal| refusal.call.as_ref() == Some(call));
         Report {
             pid: tree.root().as_raw(),
-            cgroup: None,
             session: std::process::id() as i32,
             unix_ms: now_unix_ms(),
             looks: self.looks,

@@ -17,9 +17,6 @@ pub const RECENT: usize = 10;
 pub struct Report {
     /// The root of the tree.
     pub pid: i32,
-    /// The control group that is tracked, if it is one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub cgroup: Option<String>,
     /// The session's own process.
     pub session: i32,
     /// When this was reported, in milliseconds since 1970.

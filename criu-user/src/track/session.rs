@@ -30,7 +30,7 @@ use super::memory::Memory;
 use super::predict::{self, Measured, Shape};
 use super::recorder::Recorder;
 use super::report::Report;
-use super::tree::{Belief, Tree};
+use super::tree::{Belief, Tree, TreeLook};
 use super::wire::{self, Answer, Ask, Begun, Empty, Reply, Request, Tracked};
 use super::witness::{News, Witness};
 use crate::kernel::kept;
@@ -58,8 +58,19 @@ pub struct SessionOptions {
     pub interval: Duration,
     /// Whether eBPF programs are used, where they can be.
     pub ebpf: bool,
+    /// What SIGINT and SIGTERM do.
+    pub signals: Signals,
     /// Where metrics go.
     pub metrics: MetricsOptions,
+}
+
+/// Whose the signals are that come to a session's process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Signals {
+    /// They end the session.
+    End,
+    /// Somebody else takes care of them.
+    Elsewhere,
 }
 
 /// Why a session has ended.
@@ -144,7 +155,7 @@ impl Session {
         };
         let mut session = Self { listener, socket, shared: Rc::new(shared), root, options, exporter };
         // The first look brings the userfaultfds in: what cannot be tracked is known before anybody relies on it.
-        session.shared.look(Belief::Seen);
+        session.shared.report(Belief::Seen);
         session.exporter.write(&session.shared.measures.borrow(), &session.shared.reports.borrow())?;
         Ok(session)
     }
@@ -161,6 +172,7 @@ impl Session {
         let failed = |source| TrackError::Socket { path: path.clone(), source };
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
         let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+        let ends = self.options.signals == Signals::End;
         let exporting = std::mem::take(&mut self.exporter).run(self.shared.measures.clone(), self.reports());
         let serving = LocalSet::new();
         let end = serving.run_until(async {
@@ -170,8 +182,8 @@ impl Session {
                 () = beside => End::Stopped,
                 () = exporting => End::Stopped,
                 () = self.shared.stop.notified() => End::Stopped,
-                _ = interrupt.recv() => End::Stopped,
-                _ = terminate.recv() => End::Stopped,
+                _ = interrupt.recv(), if ends => End::Stopped,
+                _ = terminate.recv(), if ends => End::Stopped,
             }
         });
         let end = end.await;
@@ -186,15 +198,13 @@ impl Session {
         loop {
             let wake = shared.early.get().map_or(next, |early| early.min(next));
             tokio::select! {
+                // Its pidfd tells when the root has ended with all its threads.
                 _ = self.root.readable() => return End::Tree,
                 () = readable(ring.as_ref()) => {
                     shared.hear();
                     continue;
                 }
                 () = tokio::time::sleep_until(wake.into()) => {}
-            }
-            if !shared.tree.borrow().is_alive() {
-                return End::Tree;
             }
             // Whoever makes an image has the tree for himself.
             let held = shared.hold.try_lock();
@@ -206,7 +216,7 @@ impl Session {
                 continue;
             }
             if held.is_ok() {
-                shared.look(Belief::Told);
+                shared.report(Belief::Told);
             }
             next = Instant::now() + self.pause();
         }
@@ -303,20 +313,25 @@ impl Shared {
         tracing::debug!(?stopped, took = ?begin.elapsed(), "looked at new memory");
     }
 
-    /// Looks at the tree, and reports.
-    fn look(&self, belief: Belief) -> Duration {
+    /// Looks at the tree.
+    fn look(&self, belief: Belief) -> TreeLook {
         self.hear();
-        let begin = Instant::now();
         let mut witness = self.witness.borrow_mut();
-        witness.be_watched(self.reports.receiver_count() > 0);
         let belief = if witness.tells_of_lifecycle() { belief } else { Belief::Seen };
         let found = self.tree.borrow_mut().look(belief);
         // Those that nobody told of are followed from here on; those that belong to others now are not.
         found.met.iter().for_each(|&pid| witness.follow(pid));
         found.left.iter().for_each(|&pid| witness.forget(pid));
+        found
+    }
+
+    /// Looks at the tree, and reports.
+    fn report(&self, belief: Belief) {
+        let begin = Instant::now();
+        let found = self.look(belief);
         let took = begin.elapsed();
-        let faults = FAULT * found.written().min(u32::MAX.into()) as u32;
-        self.breath.set(took.max(faults) * SHARE);
+        let mut witness = self.witness.borrow_mut();
+        witness.be_watched(self.reports.receiver_count() > 0);
         let lost_before = self.reports.borrow().lost.lifecycle;
         let mut report = self.recorder.borrow_mut().report(&self.tree.borrow(), &found, &mut witness, begin, took);
         report.has_image = !self.since.borrow().is_empty();
@@ -327,14 +342,17 @@ impl Shared {
         }
         self.measures.borrow_mut().looked(found.written(), took);
         self.reports.send_replace(report);
-        found.stopped
+        // What is done once does not come again; dry looks, and loading programs, have limits of their own.
+        let cost = took.saturating_sub(found.installing);
+        let faults = FAULT * found.written().min(u32::MAX.into()) as u32;
+        self.breath.set(cost.max(faults) * SHARE);
     }
 
     /// Looks unless somebody makes an image, or the last look is young: for whoever asks right now.
     fn look_again(&self) {
         let young = self.last_look.get().is_some_and(|last| last.elapsed() < SHORTEST);
         if !young && self.hold.try_lock().is_ok() {
-            self.look(Belief::Told);
+            self.report(Belief::Told);
         }
     }
 
@@ -355,9 +373,11 @@ impl Shared {
         predict::predict(&now, &self.measured.borrow())
     }
 
-    /// Hands over what was written since the last image.
+    /// Hands over what was written since the last image. Nothing is reported: whoever makes an image waits.
     fn cut(&self) -> Begun {
-        let stopped = self.look(Belief::Seen);
+        let found = self.look(Belief::Seen);
+        let stopped = found.stopped;
+        self.tree.borrow_mut().carry(&found);
         let mut tree = self.tree.borrow_mut();
         let processes = tree
             .processes
@@ -375,6 +395,8 @@ impl Shared {
     fn commit(&self, id: Vec<u8>) {
         self.tree.borrow_mut().processes.values_mut().for_each(Memory::commit);
         *self.since.borrow_mut() = id;
+        // What was reported last is not what the next image would find.
+        self.last_look.set(None);
     }
 
     fn give_back(&self) {

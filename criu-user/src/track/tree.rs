@@ -4,6 +4,7 @@
 //! was lost, when a process that had children has ended (they have another parent then), and for every image.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::time::Duration;
 
 use nix::unistd::Pid;
@@ -11,6 +12,7 @@ use nix::unistd::Pid;
 use super::TrackError;
 use super::memory::{Look, Memory};
 use super::witness::News;
+use crate::kernel::cgroup::members;
 use crate::kernel::proc;
 use crate::kernel::sys::{Compare, kcmp};
 
@@ -49,6 +51,8 @@ pub struct TreeLook {
     pub looks: BTreeMap<Pid, Look>,
     /// Longest stop of any process.
     pub stopped: Duration,
+    /// How much of the look was done for good.
+    pub installing: Duration,
     /// Processes that nobody had told of.
     pub met: Vec<Pid>,
     /// Processes that are not of the tree any more: they have ended, or have another parent.
@@ -91,12 +95,6 @@ impl Tree {
     /// The parent of a process of the tree.
     pub fn parent(&self, pid: Pid) -> Option<Pid> {
         self.parents.get(&pid).copied()
-    }
-
-    /// Whether the root is still there and alive.
-    pub fn is_alive(&self) -> bool {
-        proc::stat(self.root, None).is_ok_and(|stat| stat.start_time == self.root_start)
-            && proc::Shown::find(self.root).is_some()
     }
 
     /// Takes news in. Tells whether there is new memory that nobody watches yet.
@@ -148,12 +146,16 @@ impl Tree {
             let Some(memory) = self.processes.get_mut(&pid) else { continue };
             let look = look_at(memory).unwrap_or_default();
             longest = longest.max(look.stopped);
-            let early = self.early.entry(pid).or_default();
-            early.written += look.written;
-            early.again += look.again;
-            early.stopped = early.stopped.max(look.stopped);
+            self.early.entry(pid).or_default().written += look.written;
         }
         longest
+    }
+
+    /// Has what was found count for the next look as well, because it was not reported.
+    pub fn carry(&mut self, found: &TreeLook) {
+        for (&pid, look) in &found.looks {
+            self.early.entry(pid).or_default().written += look.written;
+        }
     }
 
     /// Looks at every process once: new ones are met, those that have ended forgotten. A process that cannot be looked at
@@ -171,8 +173,8 @@ impl Tree {
             let Some(mut look) = look_at(memory) else { continue };
             if let Some(before) = early.get(&pid) {
                 look.written += before.written;
-                look.stopped = look.stopped.max(before.stopped);
             }
+            found.installing += look.installing;
             found.stopped = found.stopped.max(look.stopped);
             found.looks.insert(pid, look);
         }
@@ -219,6 +221,14 @@ impl Tree {
     fn shares_memory(&self, pid: Pid) -> bool {
         self.processes.keys().any(|&other| kcmp(pid, other, Compare::Vm).is_ok_and(|order| order.is_eq()))
     }
+}
+
+/// The roots of the trees that are in a control group: its processes whose parents are not in it.
+pub fn roots_in(group: &Path) -> Result<Vec<Pid>, TrackError> {
+    let members: BTreeSet<Pid> = members(group).into_iter().collect();
+    let is_root = |pid: &Pid| proc::stat(*pid, None).is_ok_and(|stat| !members.contains(&stat.ppid));
+    let roots: Vec<Pid> = members.iter().copied().filter(is_root).collect();
+    if roots.is_empty() { Err(TrackError::EmptyGroup { path: group.to_owned() }) } else { Ok(roots) }
 }
 
 fn look_at(memory: &mut Memory) -> Option<Look> {

@@ -1,7 +1,7 @@
 //! Following what is in a control group.
 
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use criu_common::watch::{Group, Order};
 use nix::unistd::Pid;
@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 use super::plain::Plain;
 use super::programs::{Questions, failed};
 use super::{EbpfError, EbpfResult, Watch};
-use crate::kernel::cgroup::hierarchies;
+use crate::kernel::cgroup::{hierarchies, members};
 
 impl Watch {
     /// Follows all processes of a control group and the groups below it, and those that are put into it later; whoever is
@@ -54,19 +54,4 @@ fn hierarchy_of(dir: &Path) -> Option<u32> {
         let (number, controllers) = (fields.next()?, fields.next()?);
         (controllers == of.controllers).then(|| number.parse().ok())?
     })
-}
-
-/// The processes of a group and those below it.
-fn members(dir: &Path) -> Vec<Pid> {
-    let mut found = Vec::new();
-    let mut dirs: Vec<PathBuf> = vec![dir.to_owned()];
-    while let Some(dir) = dirs.pop() {
-        let text = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-        found.extend(text.lines().filter_map(|line| line.parse().ok()).map(Pid::from_raw));
-        let entries = std::fs::read_dir(&dir).into_iter().flatten().flatten();
-        dirs.extend(entries.filter(|e| e.file_type().is_ok_and(|kind| kind.is_dir())).map(|e| e.path()));
-    }
-    // 0: of another pid namespace.
-    found.retain(|pid| pid.as_raw() != 0);
-    found
 }

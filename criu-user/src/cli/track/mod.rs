@@ -1,0 +1,267 @@
+//! `criu-ebpf track`.
+
+mod command;
+mod dumper;
+mod panels;
+mod screen;
+
+use std::ffi::OsString;
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+use indicatif::HumanBytes;
+use nix::unistd::{Pid, setsid};
+use tokio::runtime::Runtime;
+use tokio::sync::watch;
+
+use super::metrics::TrackMetrics;
+use super::{Outcome, say};
+use crate::kernel::fd;
+use crate::track::TrackError;
+use crate::track::client::{self, Client};
+use crate::track::report::Report;
+use crate::track::session::{End, Session, SessionOptions, Signals};
+use crate::track::tree::roots_in;
+use crate::track::wire;
+
+#[derive(Debug, Args)]
+pub(super) struct TrackArgs {
+    /// Root of the process tree
+    #[arg(value_name = "PID", value_parser = clap::value_parser!(i32).range(1..),
+          required_unless_present_any = ["list", "stop", "command", "cgroup"], conflicts_with = "command")]
+    pid: Option<i32>,
+    /// Start this command and track it from its first instruction; ends with its status
+    #[arg(value_name = "COMMAND", last = true, conflicts_with_all = ["list", "stop", "detach"])]
+    command: Vec<OsString>,
+    /// Track the tree that is in this control group (its directory), or all that are in it with -d
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["pid", "list", "stop", "command"])]
+    cgroup: Option<PathBuf>,
+    /// Go on in the background
+    #[arg(short = 'd', long)]
+    detach: bool,
+    /// Milliseconds between looks at the memory; more where looking would cost the program too much
+    #[arg(long, value_name = "MS", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(100..=10_000))]
+    interval: u64,
+    /// Print a line of JSON each interval; with a command, to standard error
+    #[arg(long)]
+    json: bool,
+    /// Where dumps and pre-dumps go that are asked for on the screen [default: track-PID-N in the working directory]
+    #[arg(short = 'D', long, value_name = "DIR")]
+    images_dir: Option<PathBuf>,
+    /// A further option for dumps that are asked for on the screen, such as --tcp-established
+    #[arg(long, value_name = "OPTION", allow_hyphen_values = true)]
+    dump_option: Vec<OsString>,
+    /// List the trees that are tracked
+    #[arg(long, conflicts_with_all = ["pid", "stop"])]
+    list: bool,
+    /// End the session that tracks this tree
+    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..), conflicts_with = "pid")]
+    stop: Option<i32>,
+    /// Do without eBPF programs
+    #[arg(long)]
+    no_ebpf: bool,
+    #[command(flatten)]
+    metrics: TrackMetrics,
+    /// Be the session in the background
+    #[arg(long, hide = true)]
+    serve: bool,
+    /// Wait for a byte at this descriptor, then become the command
+    #[arg(long, hide = true, value_name = "FD", requires = "command")]
+    exec_after: Option<i32>,
+}
+
+pub(super) fn run(args: TrackArgs) -> Outcome {
+    if let Some(number) = args.exec_after {
+        return command::exec_after(number, &args.command);
+    }
+    if args.list {
+        return list(args.json);
+    }
+    if let Some(pid) = args.stop {
+        return stop(Pid::from_raw(pid));
+    }
+    if !args.command.is_empty() {
+        return command::run(&args);
+    }
+    let roots = match &args.cgroup {
+        Some(group) => roots_in(group)?,
+        None => vec![Pid::from_raw(args.pid.unwrap_or_default())],
+    };
+    if args.detach {
+        return detach(&roots, &args);
+    }
+    let &[root] = &roots[..] else {
+        let path = args.cgroup.unwrap_or_default();
+        return Err(TrackError::SeveralTrees { path, roots: roots.iter().map(|root| root.as_raw()).collect() }.into());
+    };
+    if !args.serve
+        && let Some(client) = Client::connect(root)?
+    {
+        args.metrics.refuse_for(root)?;
+        return attach(client, root, &args);
+    }
+    let end = runtime(root)?.block_on(async {
+        let session = Session::begin(args.options(root)?)?;
+        if args.serve {
+            go_to_the_background().map_err(|source| socket_failed(root, source))?;
+            return session.run(std::future::pending()).await;
+        }
+        let reports = session.reports();
+        session.run(show(reports, root, &args)).await
+    })?;
+    if end == End::Tree && is_on_screen(&args) {
+        say(format_args!("the tree of process {root} has ended"));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Starts sessions in the background, where there are none yet.
+fn detach(roots: &[Pid], args: &TrackArgs) -> Outcome {
+    let mut words: Vec<OsString> = vec!["--interval".into(), args.interval.to_string().into()];
+    words.extend(args.no_ebpf.then(|| "--no-ebpf".into()));
+    for &root in roots {
+        if Client::connect(root)?.is_some() {
+            args.metrics.refuse_for(root)?;
+            continue;
+        }
+        let metrics = args.metrics.words().map_err(|source| socket_failed(root, source))?;
+        client::start(root, &[&words[..], &metrics].concat())?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+impl TrackArgs {
+    fn options(&self, root: Pid) -> Result<SessionOptions, TrackError> {
+        Ok(SessionOptions {
+            root,
+            interval: Duration::from_millis(self.interval),
+            ebpf: !self.no_ebpf,
+            signals: if self.command.is_empty() { Signals::End } else { Signals::Elsewhere },
+            metrics: self.metrics.options().map_err(|source| socket_failed(root, source))?,
+        })
+    }
+}
+
+fn socket_failed(root: Pid, source: std::io::Error) -> TrackError {
+    TrackError::Socket { path: wire::socket_path(root), source }
+}
+
+fn runtime(root: Pid) -> Result<Runtime, TrackError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(|source| socket_failed(root, source))
+}
+
+fn is_on_screen(args: &TrackArgs) -> bool {
+    !args.json && !args.serve && std::io::stdout().is_terminal() && std::io::stdin().is_terminal()
+}
+
+/// Shows reports until there are no more, or the user has seen enough.
+async fn show(mut reports: watch::Receiver<Report>, root: Pid, args: &TrackArgs) {
+    if is_on_screen(args) {
+        let dumper = dumper::Dumper::new(root, args.images_dir.clone(), args.dump_option.clone());
+        if let Err(err) = screen::run(&mut reports, dumper).await {
+            eprintln!("criu-ebpf: no screen ({err}); lines instead");
+        } else {
+            return;
+        }
+    }
+    while reports.changed().await.is_ok() {
+        print(&reports.borrow_and_update(), args.json);
+    }
+}
+
+/// Tells whoever started the session that it is there, and lets go of what is his.
+fn go_to_the_background() -> std::io::Result<()> {
+    // Fails where the session is a group leader already: then it is on its own as well.
+    let _ = setsid();
+    std::env::set_current_dir("/")?;
+    let mut out = std::io::stdout();
+    out.write_all(client::READY.as_bytes())?;
+    out.flush()?;
+    fd::close_standard().map_err(|err| err.errno.into())
+}
+
+/// Shows the reports of a session that somebody else has started.
+fn attach(mut client: Client, root: Pid, args: &TrackArgs) -> Outcome {
+    client.follow()?;
+    let (sender, reports) = watch::channel(Report::default());
+    // The client blocks; it ends with the session, or with this process.
+    let reader = std::thread::spawn(move || -> Result<(), TrackError> {
+        while let Some(report) = client.next_report()? {
+            if sender.send(report).is_err() {
+                break;
+            }
+        }
+        Ok(())
+    });
+    runtime(root)?.block_on(show(reports, root, args));
+    if !reader.is_finished() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Ok(outcome) = reader.join() {
+        outcome?;
+    }
+    if is_on_screen(args) {
+        say(format_args!("the session of process {root} has ended"));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn line(report: &Report) -> String {
+    let refusals = report.refusals.iter().filter(|refusal| refusal.option.is_none()).count();
+    format!(
+        "{} processes, {} of memory; written {}/s, {} since the last image; working set {}; a dump now would freeze for {:.1} ms{}",
+        report.processes.len(),
+        HumanBytes(report.memory_bytes),
+        HumanBytes(report.written_bytes_per_second),
+        HumanBytes(report.pending_bytes),
+        HumanBytes(report.working_set_bytes),
+        report.predicted_freeze_us as f64 / 1e3,
+        if refusals == 0 { String::new() } else { format!(", and be refused for {refusals} reasons") },
+    )
+}
+
+fn print(report: &Report, json: bool) {
+    if json {
+        if let Ok(line) = serde_json::to_string(report) {
+            say(line);
+        }
+        return;
+    }
+    say(line(report));
+}
+
+fn list(json: bool) -> Outcome {
+    let reports: Vec<Report> = wire::roots()
+        .into_iter()
+        // A session that was killed leaves its socket.
+        .filter_map(|root| Client::connect(root).ok().flatten()?.report().ok())
+        .collect();
+    if json {
+        say(serde_json::to_string(&reports)?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    for report in reports {
+        let comm = report.processes.first().map_or("", |process| process.comm.as_str());
+        say(format_args!(
+            "{} ({comm}): {} processes, {} of memory, tracked by process {} with {} looks",
+            report.pid,
+            report.processes.len(),
+            HumanBytes(report.memory_bytes),
+            report.session,
+            report.looks,
+        ));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn stop(root: Pid) -> Outcome {
+    let mut client = Client::connect(root)?.ok_or(TrackError::NoSession { pid: root.as_raw() })?;
+    client.stop()?;
+    // Its connections end with it.
+    while let Ok(Some(_)) = client.next_report() {}
+    Ok(ExitCode::SUCCESS)
+}
