@@ -32,7 +32,7 @@ const NO_IPTABLES: &str = "this engine holds connections by eBPF, without packet
 /// The features that can be asked for.
 pub static FEATURES: &[Feature] = &[
     used("mnt_id", files::mount_id),
-    used("mem_dirty_track", dirty_tracking),
+    used("mem_dirty_track", uffd::tracks_writes),
     unused("aio_remap", memory::aio_ring_moves, "asynchronous I/O is refused"),
     used("timerfd", files::timer_ticks),
     unused("tun", network::tun_device, TUN),
@@ -89,11 +89,6 @@ pub struct UnknownFeature {
 /// Finds a feature by its name.
 pub fn find(name: &str) -> Result<&'static Feature, UnknownFeature> {
     FEATURES.iter().find(|feature| feature.name == name).ok_or_else(|| UnknownFeature { name: name.to_owned() })
-}
-
-/// Tracking belongs to the engine as much as to the kernel.
-fn dirty_tracking() -> Answer {
-    Err(Absent::because("this engine takes no dump on top of an earlier one: there is no pre-dump and no --track-mem"))
 }
 
 /// 32-bit programs.

@@ -73,7 +73,7 @@ fn redis(pair: &Pair, rounds: usize) -> Result<Line> {
                 let mut count = 0;
                 while !done.load(Ordering::Relaxed) {
                     let images = redis.program.file("live");
-                    pair.ours.dump(&redis.program, &images, &["-R", "--live", "--tcp-close"])?;
+                    pair.ours.dump(&redis.program, &images, &["-R", "--live", "--tcp-established"])?;
                     fs::remove_dir_all(&images).context("removing the images")?;
                     count += 1;
                 }

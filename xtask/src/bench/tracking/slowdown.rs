@@ -1,6 +1,12 @@
 //! What tracking costs the tracked program, others, and the machine.
 
-use std::{fs, process::Command, thread::sleep, time::Duration};
+use std::{
+    fs,
+    net::{TcpListener, TcpStream},
+    process::Command,
+    thread::sleep,
+    time::Duration,
+};
 
 use anyhow::{Context, Result};
 use e2e::{Program, Workload, proc};
@@ -79,42 +85,31 @@ fn end(program: &mut Program) -> Result<()> {
     Ok(())
 }
 
-/// A redis server on a socket of its own.
+/// A redis server on a port that was free.
 pub struct Redis {
     /// The server.
     pub program: Program,
-    socket: String,
+    port: String,
 }
 
 impl Redis {
     /// Starts one without any data.
     pub fn start() -> Result<Self> {
-        let options = [
-            "--port",
-            "0",
-            "--unixsocket",
-            "redis.sock",
-            "--save",
-            "",
-            "--appendonly",
-            "no",
-            "--enable-debug-command",
-            "local",
-        ];
+        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port().to_string();
+        let options = ["--port", &port, "--save", "", "--appendonly", "no", "--enable-debug-command", "local"];
         let program = Workload::program(&[&["redis-server"][..], &options].concat()).start();
-        let socket = program.file("redis.sock").to_string_lossy().into_owned();
         for _ in 0..500 {
-            if fs::exists(&socket)? {
+            if TcpStream::connect(format!("127.0.0.1:{port}")).is_ok() {
                 break;
             }
             sleep(Duration::from_millis(10));
         }
-        Ok(Self { program, socket })
+        Ok(Self { program, port })
     }
 
     /// Has it do something.
     pub fn command(&self, words: &[&str]) -> Result<()> {
-        let out = Command::new("redis-cli").args(["-s", &self.socket]).args(words).output().context("redis-cli")?;
+        let out = Command::new("redis-cli").args(["-p", &self.port]).args(words).output().context("redis-cli")?;
         anyhow::ensure!(out.status.success(), "redis-cli {words:?}: {}", String::from_utf8_lossy(&out.stdout));
         Ok(())
     }
@@ -122,7 +117,7 @@ impl Redis {
     /// Requests in a second, SET and GET together.
     pub fn speed(&self, pipeline: &str) -> Result<f64> {
         let out = Command::new("redis-benchmark")
-            .args(["-s", &self.socket, "-r", "100000", "-t", "set,get", "-n", "200000", "-P", pipeline, "--csv"])
+            .args(["-p", &self.port, "-r", "100000", "-t", "set,get", "-n", "200000", "-P", pipeline, "--csv"])
             .output()
             .context("starting redis-benchmark")?;
         let text = String::from_utf8_lossy(&out.stdout).into_owned();
