@@ -74,13 +74,13 @@ impl Contender {
     }
 
     /// Begins to track a program, in the background.
-    fn track(&self, program: &Program) -> Result<()> {
-        self.ask(&["track", "-d", &program.pid().to_string()]).map(drop)
+    fn track(&self, pid: i32) -> Result<()> {
+        self.ask(&["track", "-d", &pid.to_string()]).map(drop)
     }
 
     /// Ends that.
-    fn untrack(&self, program: &Program) -> Result<()> {
-        self.ask(&["track", "--stop", &program.pid().to_string()]).map(drop)
+    fn untrack(&self, pid: i32) -> Result<()> {
+        self.ask(&["track", "--stop", &pid.to_string()]).map(drop)
     }
 
     /// What the session of a program reports.

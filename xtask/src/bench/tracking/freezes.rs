@@ -74,7 +74,7 @@ fn incremental(pair: &Pair, size: u64) -> Result<(Duration, Duration)> {
     program.next();
     let frozen = sample::gap(&program)?;
     let scan = scanning(&last)?;
-    pair.ours.untrack(&program)?;
+    pair.ours.untrack(program.pid())?;
     program.finish();
     Ok((frozen, scan))
 }
@@ -118,7 +118,7 @@ pub fn predictions(pair: &Pair) -> Result<Line> {
 }
 
 fn foretold(pair: &Pair, program: &Program) -> Result<Vec<(Duration, Duration)>> {
-    pair.ours.track(program)?;
+    pair.ours.track(program.pid())?;
     let mut found = Vec::new();
     let mut parent: Option<String> = None;
     for n in 1..=3 {
@@ -134,7 +134,7 @@ fn foretold(pair: &Pair, program: &Program) -> Result<Vec<(Duration, Duration)>>
         found.push((Duration::from_micros(predicted), last_frozen()?));
         parent = Some(images.to_string_lossy().into_owned());
     }
-    pair.ours.untrack(program)?;
+    pair.ours.untrack(program.pid())?;
     Ok(found)
 }
 

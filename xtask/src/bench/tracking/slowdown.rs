@@ -20,16 +20,14 @@ type Speed<'a> = &'a mut dyn FnMut() -> Result<f64>;
 pub fn all(pair: &Pair, rounds: usize) -> Result<Vec<Line>> {
     let mut lines = Vec::new();
     let mut writer = Workload::new("speed.c", "writes").start();
-    let ratio = {
-        let pid_holder = writer.part(writer.pid());
-        compare(pair, rounds, &pid_holder, &mut || rate(&mut writer))?
-    };
+    let pid = writer.pid();
+    let ratio = compare(pair, rounds, pid, &mut || rate(&mut writer))?;
     end(&mut writer)?;
     lines.push(line("writes pages at random over 256 MiB as fast as it can, tracked", ratio, 0.85));
 
     let other = Workload::new("bench.c", "memory").arg("64").start();
     let mut caller = Workload::new("speed.c", "calls").start();
-    let ratio = compare(pair, rounds, &other, &mut || rate(&mut caller))?;
+    let ratio = compare(pair, rounds, other.pid(), &mut || rate(&mut caller))?;
     end(&mut caller)?;
     lines.push(line("makes system calls only, while another program is tracked", ratio, 0.99));
     drop(other);
@@ -38,7 +36,7 @@ pub fn all(pair: &Pair, rounds: usize) -> Result<Vec<Line>> {
         [("1", "redis-benchmark, SET and GET, -r 100000"), ("16", "the same with 16 in a pipeline")]
     {
         let redis = Redis::start()?;
-        let ratio = compare(pair, rounds, &redis.program, &mut || redis.speed(pipeline))?;
+        let ratio = compare(pair, rounds, redis.program.pid(), &mut || redis.speed(pipeline))?;
         lines.push(line(&format!("{title}, tracked"), ratio, 0.95));
     }
     Ok(lines)
@@ -54,7 +52,7 @@ fn line(what: &str, ratio: f64, must: f64) -> Line {
 }
 
 /// The median of the ratios of pairs: untracked and tracked, by turns.
-fn compare(pair: &Pair, rounds: usize, tracked: &Program, speed: Speed<'_>) -> Result<f64> {
+fn compare(pair: &Pair, rounds: usize, tracked: i32, speed: Speed<'_>) -> Result<f64> {
     let mut ratios = Vec::new();
     // Of the first nothing is taken: it warms up.
     speed()?;
@@ -136,22 +134,22 @@ impl Redis {
 pub fn own_cost(pair: &Pair) -> Result<Vec<Line>> {
     let idle = Sleeper::start()?;
     let program = &idle.program;
-    pair.ours.track(program)?;
+    pair.ours.track(program.pid())?;
     let session = pair.ours.report(program)?["session"].as_i64().context("the session's pid")?;
     const SECONDS: u64 = 10;
     let before = ticks(session)?;
     sleep(Duration::from_secs(SECONDS));
     let share = (ticks(session)? - before) as f64 / 100.0 / SECONDS as f64;
-    pair.ours.untrack(program)?;
+    pair.ours.untrack(program.pid())?;
 
     let large = Workload::new("bench.c", "dirtying").arg("8192").start();
-    pair.ours.track(&large)?;
+    pair.ours.track(large.pid())?;
     sleep(Duration::from_secs(SECONDS));
     let session = pair.ours.report(&large)?["session"].as_i64().context("the session's pid")?;
     let status = proc::status(i32::try_from(session)?);
     let peak = status.get("VmHWM").and_then(|text| text.split_whitespace().next()?.parse::<f64>().ok());
     let mib = peak.context("VmHWM")? / 1024.0;
-    pair.ours.untrack(&large)?;
+    pair.ours.untrack(large.pid())?;
     Ok(vec![
         Line {
             what: "the session's own time for an idle tree of ten processes".into(),
