@@ -14,6 +14,7 @@ use serde_json::Value;
 const OTHER_ANSWERS: &[(&str, &str)] = &[
     ("compat_cr", "asks for 32-bit programs, which CRIU restores and this engine refuses"),
     ("external_net_ns", "asks whether the engine can join a network namespace, which ours cannot"),
+    ("mem_dirty_track", "asks for soft-dirty bits, which this kernel lacks and this engine does without"),
 ];
 
 fn ours() -> std::path::PathBuf {
