@@ -49,6 +49,8 @@ pub struct Lineage {
     id: Vec<u8>,
     /// Processes that are tracked, and when they began.
     pub tracked: Vec<(Pid, u64)>,
+    /// Processes that are not tracked, and why.
+    pub untracked: Vec<(Pid, String)>,
     /// Longest time for which a process was stopped, to begin tracking it.
     pub stopped: Duration,
 }
@@ -57,7 +59,8 @@ impl Lineage {
     /// Connects the images in `dir`, which are being made, with what was before. From here on until the end of this, the
     /// session leaves the tree alone.
     pub fn begin(pid: Pid, wanted: &Tracking, dir: &ImageDir) -> Result<(Self, History), LineageError> {
-        let mut lineage = Self { client: None, id: new_id()?, tracked: Vec::new(), stopped: Duration::ZERO };
+        let mut lineage =
+            Self { client: None, id: new_id()?, tracked: Vec::new(), untracked: Vec::new(), stopped: Duration::ZERO };
         let parent = match &wanted.prev_images_dir {
             Some(path) => {
                 dir.set_parent(path)?;
@@ -81,7 +84,10 @@ impl Lineage {
         lineage.stopped = Duration::from_micros(begun.stopped_us());
         let mut written = Vec::new();
         for process in &begun.processes {
-            if let Some(pages) = believed(process) {
+            if let Some(why) = &process.untracked {
+                info!(pid = process.pid, why, "its memory is not tracked, and all of it is written");
+                lineage.untracked.push((Pid::from_raw(process.pid), why.clone()));
+            } else if let Some(pages) = believed(process) {
                 let pid = Pid::from_raw(process.pid);
                 debug!(pid = process.pid, pages = pages.len(), "written since the last image");
                 lineage.tracked.push((pid, process.start_time));
@@ -121,10 +127,6 @@ impl Lineage {
 
 /// What was written to the memory of a process, if that is known.
 fn believed(process: &Tracked) -> Option<PageSet> {
-    if let Some(why) = &process.untracked {
-        info!(pid = process.pid, why, "its memory is not tracked, and all of it is written");
-        return None;
-    }
     let stat = proc::stat(Pid::from_raw(process.pid), None).ok()?;
     if stat.start_time != process.start_time {
         return None;

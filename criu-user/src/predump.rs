@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
 use serde::Serialize;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use crate::dump::{micros, rate};
-use crate::image::proto::InventoryEntry;
+use crate::image::proto::{DumpStatsEntry, InventoryEntry, StatsEntry};
 use crate::image::{ImageDir, ImageError, ImageKind, PageRange, PagesWriter};
 use crate::kernel::mem::ProcessMemory;
 use crate::kernel::pagemap::{PageKind, PageMap, Region};
@@ -31,6 +31,8 @@ pub struct PreDumpOptions {
     pub pid: Pid,
     /// Where images go.
     pub images_dir: PathBuf,
+    /// Where statistics go.
+    pub work_dir: PathBuf,
     /// What these images build on.
     pub tracking: Tracking,
 }
@@ -106,8 +108,8 @@ pub fn pre_dump(options: &PreDumpOptions, observer: &dyn Observer) -> Result<Pre
     tell(observer, Moment::PreDump, Some(options.pid))?;
     let (lineage, history) = Lineage::begin(options.pid, &options.tracking, &dir)?;
     if lineage.tracked.is_empty() {
-        let why = "see the log; -v3 has the reason for each process".to_owned();
-        return Err(PreDumpError::Untracked { pid: options.pid.as_raw(), why });
+        let reasons: Vec<String> = lineage.untracked.iter().map(|(pid, why)| format!("pid {pid}: {why}")).collect();
+        return Err(PreDumpError::Untracked { pid: options.pid.as_raw(), why: reasons.join("; ") });
     }
     let mut counts = Counts::default();
     let mut processes = 0;
@@ -135,8 +137,25 @@ pub fn pre_dump(options: &PreDumpOptions, observer: &dyn Observer) -> Result<Pre
         bytes_written,
         bytes_per_second: rate(bytes_written, total),
     };
+    if let Err(err) = write_stats(options, &summary) {
+        warn!(%err, "the pre-dump is good, but has no statistics");
+    }
     info!(pages = counts.written, in_parent = counts.in_parent, skipped = counts.skipped, ?total, "pre-dump finished");
     Ok(summary)
+}
+
+/// Statistics as a dump has them.
+fn write_stats(options: &PreDumpOptions, summary: &PreDumpSummary) -> Result<(), ImageError> {
+    let dump = DumpStatsEntry {
+        frozen_time: summary.frozen.as_micros() as u32,
+        memwrite_time: summary.total.as_micros() as u32,
+        pages_scanned: summary.pages_scanned,
+        pages_written: summary.pages_written,
+        pages_skipped_parent: summary.pages_in_parent,
+        ..DumpStatsEntry::default()
+    };
+    let stats = StatsEntry { dump: Some(dump), restore: None };
+    crate::image::write_service(&options.work_dir, ImageKind::StatsDump, &stats)
 }
 
 /// Copies the memory of one process that runs on. Should it end meanwhile, there is less to copy.

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use nix::unistd::Pid;
 use tracing::info;
 
-use crate::lineage::Tracking;
 use crate::observer::Observer;
 use crate::predump::{PreDumpError, PreDumpOptions, PreDumpSummary, pre_dump};
 use crate::track::TrackError;
@@ -57,6 +56,13 @@ pub struct Rounds {
     pub predicted: Duration,
 }
 
+impl Rounds {
+    /// A single pre-dump.
+    pub fn only(summary: PreDumpSummary, images_dir: &Path) -> Self {
+        Self { last: Some(images_dir.to_owned()), summaries: vec![summary], predicted: Duration::ZERO }
+    }
+}
+
 /// When to stop.
 #[derive(Debug, Clone, Copy)]
 pub enum Until {
@@ -66,19 +72,19 @@ pub enum Until {
     Freeze(Duration),
 }
 
-/// Pre-dumps a tree into the directories 1, 2, 3… below `base`. A parent that is no absolute path starts in `base`.
+/// Pre-dumps a tree as `options` say, into the directories 1, 2, 3… below their `images_dir`, in which a parent that is no
+/// absolute path starts. `tell` hears of each.
 pub fn pre_dumps(
-    pid: Pid,
-    base: &Path,
-    tracking: &Tracking,
+    options: &PreDumpOptions,
     until: Until,
     observer: &dyn Observer,
+    tell: &dyn Fn(&Result<PreDumpSummary, PreDumpError>),
 ) -> Result<Rounds, RoundsError> {
     let mut rounds = Rounds { last: None, summaries: Vec::new(), predicted: Duration::ZERO };
-    let mut client = Client::connect_or_start(pid)?;
+    let mut client = Client::connect_or_start(options.pid)?;
     let mut report = client.report()?;
-    let mut tracking = tracking.clone();
-    // A path that is not absolute starts in the directory of the images, and theirs is one deeper than `base`.
+    let mut tracking = options.tracking.clone();
+    // A path that is not absolute starts in the directory of the images, and theirs is one deeper.
     tracking.prev_images_dir = tracking.prev_images_dir.map(|parent| Path::new("..").join(parent));
     loop {
         rounds.predicted = Duration::from_micros(report.predicted_freeze_us);
@@ -91,11 +97,12 @@ pub fn pre_dumps(
         }
         let before = report.pending_bytes;
         let number = rounds.summaries.len() + 1;
-        let images_dir = base.join(number.to_string());
-        let options = PreDumpOptions { pid, images_dir: images_dir.clone(), tracking: tracking.clone() };
+        let images_dir = options.images_dir.join(number.to_string());
+        let round = PreDumpOptions { images_dir: images_dir.clone(), tracking: tracking.clone(), ..options.clone() };
         let first = rounds.last.is_none();
-        let summary = pre_dump(&options, observer)?;
-        rounds.summaries.push(summary);
+        let result = pre_dump(&round, observer);
+        tell(&result);
+        rounds.summaries.push(result?);
         rounds.last = Some(images_dir);
         tracking.prev_images_dir = Some(PathBuf::from(format!("../{number}")));
         report = client.report()?;

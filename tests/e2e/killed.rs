@@ -43,7 +43,13 @@ pub(crate) fn wait_unharmed(program: &e2e::Program) {
         }
         std::thread::sleep(reaper::POLL);
     }
-    panic!("the program is still stopped or traced");
+    let told = |&pid: &i32| {
+        let status = proc::status(pid);
+        let field = |name: &str| status.get(name).cloned().unwrap_or_default();
+        format!("pid {pid}: {}, traced by {}, {}", field("State"), field("TracerPid"), proc::threads(pid).len())
+    };
+    let states: Vec<String> = program.tree().iter().map(told).collect();
+    panic!("the program is still stopped or traced: {states:?}");
 }
 
 rows! {

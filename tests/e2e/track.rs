@@ -175,6 +175,8 @@ rows! {
         let json: serde_json::Value = serde_json::from_str(json).expect("JSON");
         let rounds = json["rounds"].as_array().expect("rounds").len();
         assert!(rounds >= 2, "one round cannot tell that it was the last: {json}");
+        assert!(json["rounds"][0]["frozen_us"].as_u64() > Some(0), "it was stopped to be tracked: {json}");
+        assert!(base.join("stats-dump").exists(), "there are no statistics");
         let last = PathBuf::from(json["last"].as_str().expect("the last"));
         assert_eq!(last, base.join(rounds.to_string()));
         let before = Bytes::stop_and_take(&program);

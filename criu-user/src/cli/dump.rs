@@ -25,8 +25,8 @@ use crate::object::cgroup::Manage;
 use crate::object::outside::{External, Inherit};
 use crate::object::tcp::NetworkLock;
 use crate::outcome;
-use crate::predump::{self, PreDumpOptions};
-use crate::rounds::{self, Until};
+use crate::predump::{self, PreDumpError, PreDumpOptions, PreDumpSummary};
+use crate::rounds::{self, Rounds, Until};
 
 #[derive(Debug, Args)]
 pub(super) struct DumpArgs {
@@ -119,13 +119,19 @@ struct MomentArgs {
 }
 
 impl MomentArgs {
+    /// Waits for a quiet moment, if one is asked for.
+    fn await_quiet(&self, pid: Pid) -> Result<(), CliError> {
+        if let Some(seconds) = self.when_quiet
+            && !rounds::wait_until_quiet(pid, Duration::from_secs(seconds))?
+        {
+            tracing::warn!(seconds, "there was no quiet moment: going on now");
+        }
+        Ok(())
+    }
+
     /// Waits, and pre-dumps, as asked.
     fn await_it(&self, options: &mut DumpOptions, watcher: &Watcher) -> Result<(), CliError> {
-        if let Some(seconds) = self.when_quiet
-            && !rounds::wait_until_quiet(options.pid, Duration::from_secs(seconds))?
-        {
-            tracing::warn!(seconds, "there was no quiet moment: dumping now");
-        }
+        self.await_quiet(options.pid)?;
         let Some(limit) = self.max_freeze else { return Ok(()) };
         let base = options.images_dir.join("pre-dumps");
         std::fs::create_dir_all(&base).map_err(|source| CliError::WorkDirMake { path: base.clone(), source })?;
@@ -133,7 +139,9 @@ impl MomentArgs {
         let mut tracking = options.tracking.clone();
         // `base` is one directory deeper than the images, from which the user's path starts.
         tracking.prev_images_dir = tracking.prev_images_dir.map(|parent| Path::new("..").join(parent));
-        let rounds = rounds::pre_dumps(options.pid, &base, &tracking, Until::Freeze(limit), watcher)?;
+        let pre_dumps =
+            PreDumpOptions { pid: options.pid, work_dir: options.work_dir.clone(), images_dir: base, tracking };
+        let rounds = rounds::pre_dumps(&pre_dumps, Until::Freeze(limit), watcher, &|_| {})?;
         if let Some(number) = rounds.last.as_deref().and_then(Path::file_name) {
             options.tracking.prev_images_dir = Some(Path::new("pre-dumps").join(number));
         }
@@ -269,6 +277,8 @@ pub(super) fn run(args: DumpArgs) -> Outcome {
 
 /// Options of a pre-dump: those of a dump, so that whoever does both can say the same; most have a meaning only there.
 #[derive(Debug, Args)]
+#[command(mut_arg("max_freeze", |arg| arg.hide(true).conflicts_with("pid")))]
+#[command(mut_arg("live", |arg| arg.hide(true).conflicts_with("pid")))]
 pub(super) struct PreDumpArgs {
     #[command(flatten)]
     dump: DumpArgs,
@@ -297,25 +307,41 @@ pub(super) fn pre_dump(args: PreDumpArgs) -> Outcome {
     let watcher = Watcher::new(Scripts::new(&args.common)?, Progress::new("copying memory", &args.common), None);
     let options = PreDumpOptions {
         pid: Pid::from_raw(args.pid),
+        work_dir: args.common.work_dir(),
         images_dir: args.common.images_dir.clone(),
         tracking: args.tracking.wanted(true),
     };
-    if until_converged {
-        return converge(&args.common, &options, &watcher);
-    }
-    let result = predump::pre_dump(&options, &watcher);
-    told.run(Some(options.pid), &outcome::of_pre_dump(&result));
-    let summary = result.inspect_err(|_| watcher.give_up())?;
+    args.moment.await_quiet(options.pid)?;
+    let tell = |result: &Result<PreDumpSummary, PreDumpError>| {
+        told.run(Some(options.pid), &outcome::of_pre_dump(result));
+    };
+    let rounds = if until_converged {
+        rounds::pre_dumps(&options, Until::Converged, &watcher, &tell).inspect_err(|_| watcher.give_up())?
+    } else {
+        let result = predump::pre_dump(&options, &watcher);
+        tell(&result);
+        Rounds::only(result.inspect_err(|_| watcher.give_up())?, &options.images_dir)
+    };
     watcher.finish();
-    if options.tracking.auto_dedup {
-        dedup(&options.images_dir)?;
+    if let Some(last) = rounds.last.as_deref().filter(|_| options.tracking.auto_dedup) {
+        dedup(last)?;
     }
     if let Some(status) = status {
         status.report();
     }
-    if args.common.json {
-        say(serde_json::to_string(&summary)?);
-    } else if !args.common.quiet {
+    match until_converged {
+        true => report_rounds(&args.common, &options, &rounds)?,
+        false => report_pre_dump(&args.common, &rounds)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints what a single pre-dump came to.
+fn report_pre_dump(common: &Common, rounds: &Rounds) -> Result<(), CliError> {
+    let Some(summary) = rounds.summaries.first() else { return Ok(()) };
+    if common.json {
+        say(serde_json::to_string(summary)?);
+    } else if !common.quiet {
         say(format_args!(
             "pre-dumped {} processes, {} pages ({}), {} in the parent, {} left for the next; frozen for {:.1} ms, {:.1} ms in all",
             summary.processes,
@@ -327,25 +353,23 @@ pub(super) fn pre_dump(args: PreDumpArgs) -> Outcome {
             summary.total.as_secs_f64() * 1e3,
         ));
     }
-    Ok(ExitCode::SUCCESS)
+    if common.display_stats && !common.json {
+        say(format_args!("frozen:        {} us", summary.frozen.as_micros()));
+        say(format_args!("pages scanned: {}", summary.pages_scanned));
+        say(format_args!("pages written: {}", summary.pages_written));
+    }
+    Ok(())
 }
 
-/// Rounds of pre-dumps.
-fn converge(common: &Common, options: &PreDumpOptions, watcher: &Watcher) -> Outcome {
-    let rounds = rounds::pre_dumps(options.pid, &options.images_dir, &options.tracking, Until::Converged, watcher)
-        .inspect_err(|_| watcher.give_up())?;
-    watcher.finish();
+/// Prints what rounds of pre-dumps came to.
+fn report_rounds(common: &Common, options: &PreDumpOptions, rounds: &Rounds) -> Result<(), CliError> {
     let last = rounds.last.as_deref().unwrap_or(&options.images_dir);
-    if options.tracking.auto_dedup {
-        dedup(last)?;
-    }
     if common.json {
-        let value = serde_json::json!({
+        say(serde_json::json!({
             "rounds": rounds.summaries,
             "last": last,
             "predicted_freeze_us": rounds.predicted.as_micros() as u64,
-        });
-        say(value);
+        }));
     } else if !common.quiet {
         for (n, round) in rounds.summaries.iter().enumerate() {
             let took = round.total.as_secs_f64() * 1e3;
@@ -358,7 +382,7 @@ fn converge(common: &Common, options: &PreDumpOptions, watcher: &Watcher) -> Out
             std::path::absolute(last).unwrap_or_else(|_| last.to_owned()).display(),
         ));
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 /// `criu-ebpf dedup`.

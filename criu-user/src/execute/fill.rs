@@ -12,6 +12,7 @@ use crate::agent::{AgentError, Batch, Member};
 use crate::kernel::SysError;
 use crate::kernel::fill::{self, Ground, Job, Piece};
 use crate::kernel::pidfd::PidFd;
+use crate::kernel::uffd;
 use crate::plan::{self, Arg, Assist, Call, Stage};
 
 /// A userfaultfd that a task has made: its number there, and what it gives to us.
@@ -134,7 +135,7 @@ impl Run<'_> {
     /// Has a task make a userfaultfd; `None` where it cannot.
     fn userfault(&self, task: usize) -> Result<Option<u64>, AgentError> {
         let mut batch = Batch::new();
-        let make = batch.try_call(libc::SYS_userfaultfd, &[fill::MAKE_FLAGS.into()]);
+        let make = batch.try_call(libc::SYS_userfaultfd, &[uffd::MAKE_FLAGS.into()]);
         self.crew.start(Member(task), &batch)?;
         let fd = self.crew.finish(Member(task), &batch)?.ret(make);
         if let Err(errno) = fd {

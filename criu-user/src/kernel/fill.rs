@@ -15,17 +15,11 @@ use nix::sys::uio::{RemoteIoVec, pread, process_vm_writev};
 use nix::unistd::Pid;
 
 use super::error::During;
+use super::uffd::{API, UFFDIO_API, UFFDIO_REGISTER};
 use super::{SysError, SysResult};
 
-/// Flags with which the process makes its userfaultfd(2). Nobody is asked in any fault, so `UFFD_USER_MODE_ONLY` will do,
-/// which needs no privilege.
-pub const MAKE_FLAGS: u64 = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64 | 1;
-
-/// UFFDIO_API, UFFDIO_REGISTER, UFFDIO_COPY: `_IOWR(0xaa, …)` with 24, 32 and 40 bytes.
-const API: u64 = 0xc018_aa3f;
-const REGISTER: u64 = 0xc020_aa00;
+/// UFFDIO_COPY: `_IOWR(0xaa, …)` with 40 bytes.
 const COPY: u64 = 0xc028_aa03;
-const VERSION: u64 = 0xaa;
 const MODE_MISSING: u64 = 1;
 /// Nobody waits for the page.
 const DONTWAKE: u64 = 1;
@@ -49,10 +43,10 @@ impl Ground {
     /// nothing but [`fill`] may touch them. userfaultfd(2), ioctl_userfaultfd(2).
     pub fn new(userfault: OwnedFd, ranges: &[(u64, u64)]) -> SysResult<Self> {
         let ground = Self { userfault };
-        ground.ioctl(API, &mut [VERSION, 0, 0]).during("ioctl(UFFDIO_API)", "")?;
+        ground.ioctl(UFFDIO_API, &mut [API, 0, 0]).during("ioctl(UFFDIO_API)", "")?;
         for &(start, end) in ranges {
             ground
-                .ioctl(REGISTER, &mut [start, end - start, MODE_MISSING, 0])
+                .ioctl(UFFDIO_REGISTER, &mut [start, end - start, MODE_MISSING, 0])
                 .during("ioctl(UFFDIO_REGISTER)", format!("{start:#x}-{end:#x}"))?;
         }
         Ok(ground)

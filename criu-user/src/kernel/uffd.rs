@@ -41,14 +41,14 @@ bitflags::bitflags! {
 /// What tracking needs.
 const TRACKING: Features = Features::WP_ASYNC.union(Features::WP_UNPOPULATED);
 
-const API: u64 = 0xaa;
+pub(super) const API: u64 = 0xaa;
 /// `UFFDIO_API`, `UFFDIO_REGISTER`: `_IOWR(0xaa, …)` with 24 and 32 bytes.
-const UFFDIO_API: u64 = 0xc018_aa3f;
-const UFFDIO_REGISTER: u64 = 0xc020_aa00;
+pub(super) const UFFDIO_API: u64 = 0xc018_aa3f;
+pub(super) const UFFDIO_REGISTER: u64 = 0xc020_aa00;
 const MODE_WP: u64 = 1 << 1;
 
-/// Flags for the system call. Faults of the kernel's own (a read(2) into a buffer) need no permission in the mode
-/// WP_ASYNC, since nobody is asked; so `UFFD_USER_MODE_ONLY` lets it be made in processes without any privilege.
+/// Flags for the system call, where no fault ever asks anybody: `UFFD_USER_MODE_ONLY` will do then, which needs no
+/// privilege. Faults of the kernel's own (a read(2) into a buffer) are resolved all the same.
 pub const MAKE_FLAGS: u64 = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64 | 1;
 
 /// A userfaultfd that tracks writes.

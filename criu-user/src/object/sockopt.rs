@@ -155,46 +155,23 @@ pub struct Fresh(OnceCell<SkOptsEntry>);
 
 impl Fresh {
     /// As [`restore`], for a new socket. Only its send buffer may have another size by now.
-    pub fn restore(&self, fd: impl AsFd, opts: &SkOptsEntry) -> SysResult<()> {
+    pub fn restore(&self, fd: impl AsFd, opts: &SkOptsEntry) -> Result<(), ObjectError> {
         let fd = fd.as_fd();
-        if self.is(fd, opts)? { Ok(()) } else { restore(fd, opts) }
+        let fresh = self.options(fd)?;
+        let now = SkOptsEntry { so_sndbuf: number(fd, SOL, libc::SO_SNDBUF)? as u32, ..fresh.clone() };
+        restore_buffers_over(fd, opts, &now)?;
+        Ok(restore_over(fd, opts, Some(fresh))?)
     }
 
-    fn is(&self, fd: BorrowedFd<'_>, opts: &SkOptsEntry) -> SysResult<bool> {
-        let fresh = match self.0.get() {
-            Some(fresh) => fresh,
-            None => {
-                let [domain, kind, protocol] =
-                    [libc::SO_DOMAIN, libc::SO_TYPE, libc::SO_PROTOCOL].map(|name| number(fd, SOL, name));
-                let new = socket::new(domain?, kind?, protocol?)?;
-                // What it lacks, all have to be given.
-                self.0.get_or_init(|| capture(new).unwrap_or_default())
-            }
-        };
-        Ok(says_the_same(opts, fresh) && number(fd, SOL, libc::SO_SNDBUF)? as u32 == opts.so_sndbuf)
+    fn options(&self, fd: BorrowedFd<'_>) -> Result<&SkOptsEntry, ObjectError> {
+        if let Some(known) = self.0.get() {
+            return Ok(known);
+        }
+        let [domain, kind, protocol] =
+            [libc::SO_DOMAIN, libc::SO_TYPE, libc::SO_PROTOCOL].map(|name| number(fd, SOL, name));
+        let found = capture(socket::new(domain?, kind?, protocol?)?)?;
+        Ok(self.0.get_or_init(|| found))
     }
-}
-
-/// Whether options of an image ask for nothing that these are not.
-fn says_the_same(wanted: &SkOptsEntry, are: &SkOptsEntry) -> bool {
-    let numbers = |o: &SkOptsEntry| {
-        [o.so_snd_tmo_sec, o.so_snd_tmo_usec, o.so_rcv_tmo_sec, o.so_rcv_tmo_usec, o.so_rcvbuf.into()]
-    };
-    let rare = |o: &SkOptsEntry| {
-        o.so_linger.is_some() || o.so_peek_off.is_some() || o.so_bound_dev.is_some() || !o.so_filter.is_empty()
-    };
-    let (mut a, mut b) = (wanted.clone(), are.clone());
-    numbers(wanted) == numbers(are)
-        && wanted.so_buf_lock.is_none_or(|locks| Some(locks) == are.so_buf_lock)
-        && !rare(wanted)
-        && SWITCHES.iter().all(|(_, field)| {
-            let are = *field(&mut b);
-            field(&mut a).is_none_or(|wanted| wanted == are.unwrap_or(false))
-        })
-        && NUMBERS.iter().all(|(_, field)| {
-            let are = *field(&mut b);
-            field(&mut a).is_none_or(|wanted| are.is_none_or(|are| are == wanted))
-        })
 }
 
 /// Gives a socket the sizes of its buffers, and says which of them are the user's: the kernel goes on adapting the others.

@@ -6,13 +6,13 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::unistd::Pid;
 
 use super::TrackError;
 use crate::agent::{Batch, Guest};
-use crate::freeze;
+use crate::freeze::{self, Frozen};
 use crate::kernel::error::During;
 use crate::kernel::uffd::{MAKE_FLAGS, WriteWatch};
 use crate::kernel::{survey, uffd};
@@ -20,11 +20,11 @@ use crate::kernel::{survey, uffd};
 /// How long a process may take to stand still.
 const LIMIT: Duration = Duration::from_secs(2);
 
-/// Makes a [`WriteWatch`] for the memory of a process; `None` if that has ended. Tells how long it stood still as well.
-pub(super) fn install(pid: Pid) -> Result<Option<(WriteWatch, Duration)>, TrackError> {
+/// Makes a [`WriteWatch`] for the memory of a process; `None` if that has ended. It stands still until what is given beside
+/// is dropped.
+pub(super) fn install(pid: Pid) -> Result<Option<(WriteWatch, Frozen)>, TrackError> {
     uffd::can_track()?;
     let null = File::open("/dev/null").during("open", "/dev/null")?;
-    let begin = Instant::now();
     let frozen = freeze::freeze_alone(pid, LIMIT)?;
     let process = &frozen.processes[0];
     let (Some(memory), Some(first)) = (&process.memory, process.threads.first()) else { return Ok(None) };
@@ -41,7 +41,5 @@ pub(super) fn install(pid: Pid) -> Result<Option<(WriteWatch, Duration)>, TrackE
     }
     let fd: OwnedFd = process.pidfd.get(place)?;
     guest.leave()?;
-    drop(frozen);
-    let stood = begin.elapsed();
-    Ok(Some((WriteWatch::new(fd)?, stood)))
+    Ok(Some((WriteWatch::new(fd)?, frozen)))
 }

@@ -88,7 +88,8 @@ fn watched(report: &Report, to: &mut Exposition) {
     for question in &report.ebpf.questions {
         to.gauge(&table::QUESTIONS, &[("question", &question.name)], f64::from(u8::from(question.runs)));
     }
-    let LostReport { processes, lifecycle, blocks, calls, sockets, faults, connections, undecoded } = report.lost;
+    let LostReport { processes, lifecycle, blocks, calls, sockets, faults, connections, undecoded, missed } =
+        report.lost;
     for (kind, lost) in [
         ("processes", processes),
         ("lifecycle", lifecycle),
@@ -98,6 +99,7 @@ fn watched(report: &Report, to: &mut Exposition) {
         ("faults", faults),
         ("connections", connections),
         ("undecoded", undecoded),
+        ("missed", missed),
     ] {
         to.counter(&table::LOST, &[("kind", kind)], lost);
     }

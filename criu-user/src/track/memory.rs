@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 use super::TrackError;
 use super::install::install;
 use super::report::RECENT;
-use crate::freeze;
+use crate::freeze::{self, Frozen, Release};
 use crate::kernel::page_set::PageSet;
 use crate::kernel::pagemap::{PageKind, PageMap, Query, Region};
 use crate::kernel::proc::{KeyValues, Shown};
@@ -40,6 +40,13 @@ pub struct Look {
     pub stopped: Duration,
     /// How much of the look went into bringing the means of tracking in, which is done once.
     pub installing: Duration,
+}
+
+impl Look {
+    /// Lets a process go on that stood still for the look.
+    fn let_go(&mut self, still: Option<Frozen>) {
+        self.stopped += still.map_or(Duration::ZERO, |frozen| frozen.release(Release::Resume));
+    }
 }
 
 /// The tracked memory of a process.
@@ -89,6 +96,7 @@ impl Memory {
         let mut map = PageMap::open(shown.by)?;
         // A process that has called execve(2) since has a memory that the watch knows nothing of.
         for _ in 0..2 {
+            let mut still = None;
             if self.watch.is_none() {
                 if let Some(why) = own_userfaultfd(shown.by) {
                     self.untracked = Some(why);
@@ -96,10 +104,10 @@ impl Memory {
                 }
                 let begin = Instant::now();
                 match install(self.pid) {
-                    Ok(Some((watch, stopped))) => {
-                        look.stopped += stopped;
+                    Ok(Some((watch, frozen))) => {
                         look.installing += begin.elapsed();
-                        tracing::debug!(pid = self.pid.as_raw(), ?stopped, took = ?begin.elapsed(), "its writes are watched");
+                        tracing::debug!(pid = self.pid.as_raw(), took = ?begin.elapsed(), "its writes are watched");
+                        still = Some(frozen);
                         self.watch = Some(watch);
                         is_first = true;
                         self.untracked = None;
@@ -112,7 +120,25 @@ impl Memory {
                 }
                 map = PageMap::open(shown.by)?;
             }
-            if self.register_new(shown.by, &mut map, &mut latest)? {
+            if self.find_untracked(shown.by, &mut map)?.is_empty() {
+                look.let_go(still);
+                break;
+            }
+            // The kernel splits an area of which a part is registered, and a program may take it for one (mremap(2) over
+            // both parts fails): what is registered must be whole areas, and these must not change meanwhile.
+            if still.is_none() {
+                match freeze::freeze_alone(self.pid, STILL) {
+                    Ok(frozen) => still = Some(frozen),
+                    // Its new pages go on to count as written.
+                    Err(err) => {
+                        tracing::debug!(pid = self.pid.as_raw(), %err, "its new areas are not registered yet");
+                        break;
+                    }
+                }
+            }
+            let is_there = self.register_new(shown.by, &mut map, &mut latest);
+            look.let_go(still);
+            if is_there? {
                 break;
             }
             self.watch = None;
@@ -120,11 +146,9 @@ impl Memory {
         self.regions.clear();
         // A device that writes into a page does not care for its protection: none must be at it when that is put up.
         if reads_directly(shown.by) {
-            let begin = Instant::now();
             let still = freeze::freeze_alone(self.pid, STILL)?;
             map.fetch_written(&mut self.regions)?;
-            drop(still);
-            look.stopped += begin.elapsed();
+            look.let_go(Some(still));
         } else {
             map.fetch_written(&mut self.regions)?;
         }
@@ -143,19 +167,22 @@ impl Memory {
         Ok(look)
     }
 
-    /// Registers areas with pages that are not tracked, and counts these as written. Tells whether the watch still has
-    /// a memory to watch.
-    fn register_new(&mut self, by: Pid, map: &mut PageMap, latest: &mut PageSet) -> Result<bool, TrackError> {
-        let Some(watch) = &self.watch else { return Ok(false) };
+    /// Finds pages that are not tracked, into `regions`; gives the areas, if there are such pages.
+    fn find_untracked(&mut self, by: Pid, map: &mut PageMap) -> Result<Vec<Vma>, TrackError> {
         let areas = survey::layout_of(by)?;
         self.areas = areas.len() as u64;
         self.regions.clear();
         for (start, end) in stretches(&areas) {
             map.scan(start, end, UNTRACKED, &mut self.regions)?;
         }
-        if self.regions.is_empty() {
-            return Ok(true);
-        }
+        Ok(if self.regions.is_empty() { Vec::new() } else { areas })
+    }
+
+    /// Registers areas with pages that are not tracked, and counts these as written. Tells whether the watch still has
+    /// a memory to watch. The process must stand still.
+    fn register_new(&mut self, by: Pid, map: &mut PageMap, latest: &mut PageSet) -> Result<bool, TrackError> {
+        let areas = self.find_untracked(by, map)?;
+        let Some(watch) = &self.watch else { return Ok(false) };
         let mut regions = self.regions.iter().peekable();
         for area in areas.iter().filter(|area| is_tracked(area)) {
             let mut has_pages = false;
@@ -174,7 +201,7 @@ impl Memory {
             match watch.register(area.start, area.end) {
                 Registered::Yes => {}
                 Registered::Gone => return Ok(false),
-                // Unmapped meanwhile, or nothing that can be watched: it goes on to count as written.
+                // Nothing that can be watched: it goes on to count as written.
                 Registered::No(errno) => {
                     tracing::debug!(pid = self.pid.as_raw(), start = format_args!("{:#x}", area.start), %errno, "an area is not watched");
                 }

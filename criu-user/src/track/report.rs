@@ -214,12 +214,14 @@ pub struct LostReport {
     pub connections: u64,
     /// Records that made no sense.
     pub undecoded: u64,
+    /// Calls of programs that did not take place.
+    pub missed: u64,
 }
 
 impl LostReport {
     /// All of it.
     pub fn sum(&self) -> u64 {
-        let Self { processes, lifecycle, blocks, calls, sockets, faults, connections, undecoded } = *self;
-        processes + lifecycle + blocks + calls + sockets + faults + connections + undecoded
+        let Self { processes, lifecycle, blocks, calls, sockets, faults, connections, undecoded, missed } = *self;
+        processes + lifecycle + blocks + calls + sockets + faults + connections + undecoded + missed
     }
 }

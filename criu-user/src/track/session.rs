@@ -109,6 +109,8 @@ struct Shared {
     shape: RefCell<Shape>,
     measured: RefCell<Vec<Measured>>,
     last_look: Cell<Option<Instant>>,
+    /// Longest time for which a process was stopped since somebody last made an image.
+    stopped: Cell<Duration>,
     /// Time that the next interval should take at least.
     breath: Cell<Duration>,
     /// When to look at new memory, if there is some, and how long that took the last time.
@@ -149,6 +151,7 @@ impl Session {
             shape: RefCell::default(),
             measured: RefCell::default(),
             last_look: Cell::default(),
+            stopped: Cell::default(),
             breath: Cell::default(),
             early: Cell::default(),
             early_took: Cell::default(),
@@ -309,6 +312,7 @@ impl Shared {
         self.hear();
         self.early.set(None);
         let stopped = self.tree.borrow_mut().look_early();
+        self.stopped.set(self.stopped.get().max(stopped));
         self.early_took.set(begin.elapsed());
         tracing::debug!(?stopped, took = ?begin.elapsed(), "looked at new memory");
     }
@@ -322,6 +326,7 @@ impl Shared {
         // Those that nobody told of are followed from here on; those that belong to others now are not.
         found.met.iter().for_each(|&pid| witness.follow(pid));
         found.left.iter().for_each(|&pid| witness.forget(pid));
+        self.stopped.set(self.stopped.get().max(found.stopped));
         found
     }
 
@@ -376,7 +381,6 @@ impl Shared {
     /// Hands over what was written since the last image. Nothing is reported: whoever makes an image waits.
     fn cut(&self) -> Begun {
         let found = self.look(Belief::Seen);
-        let stopped = found.stopped;
         self.tree.borrow_mut().carry(&found);
         let mut tree = self.tree.borrow_mut();
         let processes = tree
@@ -389,7 +393,11 @@ impl Shared {
                 untracked: memory.untracked.clone(),
             })
             .collect();
-        Begun { since: self.since.borrow().clone(), processes, stopped_us: Some(stopped.as_micros() as u64) }
+        Begun {
+            since: self.since.borrow().clone(),
+            processes,
+            stopped_us: Some(self.stopped.take().as_micros() as u64),
+        }
     }
 
     fn commit(&self, id: Vec<u8>) {

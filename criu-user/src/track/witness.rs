@@ -364,6 +364,7 @@ fn lost(watch: &mut Watch) -> EbpfResult<LostReport> {
         faults: lost.faults,
         connections: lost.connections,
         undecoded: lost.undecoded,
+        missed: lost.missed,
     })
 }
 

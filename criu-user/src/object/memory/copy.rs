@@ -8,7 +8,6 @@
 use std::fs::File;
 use std::os::fd::BorrowedFd;
 
-use nix::errno::Errno;
 use nix::unistd::Pid;
 
 use crate::agent::copy::Orphans;
@@ -24,7 +23,7 @@ use crate::observer::Observer;
 use super::super::ObjectError;
 use super::super::file::Capture;
 use super::area::is_private;
-use super::dump::{CALL_BYTES, IOVECS, Pages, can_write_itself, guard, own_pages};
+use super::dump::{CALL_BYTES, IOVECS, Pages, add_write, can_write_itself, check_written, guard, own_pages};
 
 /// Bytes that are read from outside at once.
 const PIECE: u64 = 4 << 20;
@@ -288,30 +287,21 @@ impl Writer<'_> {
         }
         let fd = self.copy.lend(self.image.pages())?;
         let mut batch = Batch::new();
-        let vector: Vec<u8> = pieces.iter().flat_map(|p| [p.start, p.len]).flat_map(u64::to_le_bytes).collect();
-        let vector = batch.bytes(&vector);
-        let write =
-            batch.call(libc::SYS_pwritev, &[fd.into(), vector.into(), pieces.len().into(), offset.into(), 0u64.into()]);
+        let vector: Vec<(u64, u64)> = pieces.iter().map(|piece| (piece.start, piece.len)).collect();
+        let write = add_write(&mut batch, fd, &vector, offset);
         // Between the pieces of one area is nothing that is still to be written.
         for pieces in pieces.chunk_by(|a, b| a.area == b.area) {
             let (Some(first), Some(last)) = (pieces.first(), pieces.last()) else { continue };
             let len = last.start + last.len - first.start;
             batch.try_call(libc::SYS_madvise, &[first.start.into(), len.into(), libc::MADV_DONTNEED.into()]);
         }
-        let of = self.copy.of().as_raw();
+        let of = self.copy.of();
         let outcome = self.copy.run(&batch).map_err(|err| match err {
-            AgentError::Gone { .. } => ObjectError::CopyGone { pid: of },
+            AgentError::Gone { .. } => ObjectError::CopyGone { pid: of.as_raw() },
             other => other.into(),
         })?;
-        let failed = |errno| Err(ObjectError::Memory { pid: of, file: self.image.pages_path().to_owned(), errno });
-        match outcome.ret(write) {
-            Ok(written) if written == bytes => {
-                self.observer.moved(bytes);
-                Ok(())
-            }
-            // The kernel wrote a part before it met the obstacle: no room, mostly.
-            Ok(_) => failed(Errno::ENOSPC),
-            Err(errno) => failed(errno),
-        }
+        check_written(outcome.ret(write), bytes, of, self.image.pages_path())?;
+        self.observer.moved(bytes);
+        Ok(())
     }
 }

@@ -1,12 +1,13 @@
 //! Writing the private memory of a process.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
 use tracing::debug;
 
-use crate::agent::{Batch, Guest};
+use crate::agent::{Batch, CallId, Guest};
 use crate::freeze::FrozenProcess;
 use crate::image::proto::VmaEntry;
 use crate::image::{ImageKind, PageCounts, PageRange, PagesWriter, VmaStatus};
@@ -224,27 +225,34 @@ impl Copy<'_, '_> {
         let offset = self.image.end() - bytes;
         let fd = self.guest.lend(self.image.pages())?;
         let mut batch = Batch::new();
-        let iov: Vec<u8> = vector.iter().flat_map(|(start, len)| [*start, *len]).flat_map(u64::to_le_bytes).collect();
-        let iov = batch.bytes(&iov);
-        let write =
-            batch.call(libc::SYS_pwritev, &[fd.into(), iov.into(), vector.len().into(), offset.into(), 0u64.into()]);
+        let write = add_write(&mut batch, fd, vector, offset);
         let outcome = self.guest.run(&batch)?;
-        let (pid, file) = (self.guest.pid().as_raw(), self.image.pages_path());
-        let failed = |errno| Err(ObjectError::Memory { pid, file: file.to_owned(), errno });
-        match outcome.ret(write) {
-            Ok(written) if written == bytes => {
-                self.observer.moved(bytes);
-                Ok(())
-            }
-            // The kernel wrote a part before it met the obstacle: no room, mostly.
-            Ok(_) => failed(Errno::ENOSPC),
-            Err(errno) => failed(errno),
-        }
+        check_written(outcome.ret(write), bytes, self.guest.pid(), self.image.pages_path())?;
+        self.observer.moved(bytes);
+        Ok(())
     }
 
     fn finish(mut self) -> Result<PageCounts, ObjectError> {
         self.write_from_inside()?;
         Ok(self.image.finish()?)
+    }
+}
+
+/// Has the process write pieces of its memory (address, length) one behind the other into a file that it was lent.
+pub(super) fn add_write(batch: &mut Batch, fd: i32, pieces: &[(u64, u64)], offset: u64) -> CallId {
+    let iov: Vec<u8> = pieces.iter().flat_map(|(start, len)| [*start, *len]).flat_map(u64::to_le_bytes).collect();
+    let iov = batch.bytes(&iov);
+    batch.call(libc::SYS_pwritev, &[fd.into(), iov.into(), pieces.len().into(), offset.into(), 0u64.into()])
+}
+
+/// Makes an error of a write that did not write all.
+pub(super) fn check_written(result: Result<u64, Errno>, bytes: u64, pid: Pid, file: &Path) -> Result<(), ObjectError> {
+    let failed = |errno| Err(ObjectError::Memory { pid: pid.as_raw(), file: file.to_owned(), errno });
+    match result {
+        Ok(written) if written == bytes => Ok(()),
+        // The kernel wrote a part before it met the obstacle: no room, mostly.
+        Ok(_) => failed(Errno::ENOSPC),
+        Err(errno) => failed(errno),
     }
 }
 
