@@ -135,7 +135,7 @@ fn killed(row: &Row, mut program: Program) {
     let whole = row.dumper.dump(&program, &images, &row.options).expect_success().took;
     reap_copies(&program, &images);
     fs::remove_dir_all(&images).expect("removing images");
-    let before = Look::at(&program);
+    let before = Look::settled(&program);
     let mut moments = Moments::new();
     let mut killed = 0;
     for _ in 0..kills() {
@@ -148,8 +148,7 @@ fn killed(row: &Row, mut program: Program) {
         fs::remove_dir_all(&images).expect("removing images");
     }
     assert!(killed > 0, "the engine was always faster than its end");
-    sleep(Duration::from_millis(50));
-    before.compare(&Look::at(&program));
+    before.expect_again(&program);
     let tree = program.tree();
     let (images, _) = dump(&row, &program);
     reaper::kill_trees([program.pid()]);

@@ -1,7 +1,7 @@
 //! Every byte of a stopped tree's memory, to be compared later.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::File,
     os::unix::fs::FileExt,
     time::{Duration, Instant},
@@ -26,7 +26,7 @@ pub struct Bytes {
 impl Bytes {
     /// Stops every process of the tree (SIGSTOP), and takes its memory down.
     pub fn stop_and_take(program: &Program) -> Self {
-        signal(program, Signal::SIGSTOP);
+        stop(program);
         Self::take(program)
     }
 
@@ -68,12 +68,23 @@ impl Bytes {
 
 /// Sends a signal to every process of a tree.
 pub fn signal(program: &Program, signal: Signal) {
-    // Those that it starts meanwhile are met in the next round.
-    for _ in 0..3 {
-        for pid in program.tree() {
-            // One that has ended meanwhile needs none.
-            let _: nix::Result<()> = kill(Pid::from_raw(pid), signal);
+    for pid in program.tree() {
+        // One that has ended meanwhile needs none.
+        let _: nix::Result<()> = kill(Pid::from_raw(pid), signal);
+    }
+}
+
+/// Stops every process of a tree, those as well that come out of a fork which the signal found under way.
+fn stop(program: &Program) {
+    let mut stopped = BTreeSet::new();
+    loop {
+        let tree = program.tree();
+        if tree == stopped {
+            return;
         }
+        signal(program, Signal::SIGSTOP);
+        tree.iter().copied().for_each(wait_stopped);
+        stopped = tree;
     }
 }
 

@@ -138,6 +138,17 @@ impl Look {
         last
     }
 
+    /// Fails if it does not come to look like this again: what it holds for a moment only is not always there.
+    pub fn expect_again(&self, program: &Program) {
+        for _ in 0..100 {
+            if *self == Self::at(program) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(15));
+        }
+        self.compare(&Self::at(program));
+    }
+
     /// Fails with the first thing that differs.
     pub fn compare(&self, after: &Self) {
         let pids = |look: &Self| look.processes.keys().copied().collect::<Vec<_>>();
