@@ -255,7 +255,7 @@ fn plan_process(
     let table = read_table(cx, process.ids.files_id)?;
     cx.descriptors(task, &table)?;
     fs::plan(cx, task, &process.fs)?;
-    task::plan_process(cx, task, core, &process.mm)?;
+    task::plan_process(cx, task, &process.core, core, &process.mm)?;
     let leader_ended = core.leader_ended();
     if leader_ended {
         task::plan_dead_leader(cx, task, core)?;

@@ -10,6 +10,7 @@ workload_rows! { "timers.c";
     alarm_in_time
     posix_timers
     overrun
+    missed
     other_notifications
     clocks
     timestamps

@@ -174,6 +174,33 @@ static void overrun(void)
 	timer_delete(timer);
 }
 
+/* What its last signal was told to have missed is still known, and the next one comes when it was to come. */
+static void missed(void)
+{
+	sigset_t set;
+	sigemptyset(&set);
+	sigaddset(&set, SIGRTMIN + 1);
+	sigprocmask(SIG_BLOCK, &set, NULL);
+	timer_t timer = make_timer(CLOCK_REALTIME, SIGRTMIN + 1, 7);
+	struct itimerspec set_to = { { 100, 0 }, { 100, 0 } }, found;
+	struct timespec start;
+	clock_gettime(CLOCK_REALTIME, &start);
+	/* It has expired four times when it is set. */
+	set_to.it_value.tv_sec = start.tv_sec - 350;
+	CHECK(!timer_settime(timer, TIMER_ABSTIME, &set_to, NULL), "timer_settime: %m");
+	siginfo_t info;
+	CHECK(sigwaitinfo(&set, &info) == SIGRTMIN + 1, "sigwaitinfo: %m");
+	CHECK(timer_getoverrun(timer) == 3, "it missed %d", timer_getoverrun(timer));
+	checkpoint();
+	CHECK(timer_getoverrun(timer) == 3, "it missed %d before, and 3 in truth", timer_getoverrun(timer));
+	CHECK(!timer_gettime(timer, &found), "timer_gettime: %m");
+	CHECK(found.it_interval.tv_sec == 100, "its interval is %ld s", found.it_interval.tv_sec);
+	CHECK(found.it_value.tv_sec < 51 && found.it_value.tv_sec > 10, "%ld s are left", found.it_value.tv_sec);
+	sigpending(&set);
+	CHECK(!sigismember(&set, SIGRTMIN + 1), "its signal came again");
+	timer_delete(timer);
+}
+
 /* SIGEV_NONE, and a timer that signals one thread. */
 static void other_notifications(void)
 {
@@ -398,7 +425,7 @@ static void in_read(void)
 
 static const struct test_case cases[] = {
 	CASE(itimer_real),  CASE(itimer_virtual),      CASE(itimer_profile), CASE(itimer_pending), CASE(alarm_in_time), CASE(posix_timers),
-	CASE(overrun),	    CASE(other_notifications), CASE(clocks),	     CASE(timestamps),	  CASE(in_nanosleep),
+	CASE(overrun), CASE(missed),	    CASE(other_notifications), CASE(clocks),	     CASE(timestamps),	  CASE(in_nanosleep),
 	CASE(in_clock_nanosleep), CASE(in_poll),	       CASE(in_select),	     CASE(in_futex),	  CASE(in_epoll),
 	CASE(in_read),
 };

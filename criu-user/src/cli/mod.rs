@@ -8,6 +8,7 @@ mod error;
 mod gate;
 mod log;
 mod metrics;
+mod order;
 mod peer;
 mod progress;
 mod restore;
@@ -63,7 +64,7 @@ const USAGE: u8 = 2;
 
 /// Runs the command line; what it says and how it ends.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let cli = match Cli::try_parse_from(order::words()) {
         Ok(cli) => cli,
         Err(err) => {
             let Some(refusal) = peer::refusal(&err) else { err.exit() };

@@ -85,6 +85,12 @@ pub fn queue(pending: &[[u8; SIGINFO_LEN]]) -> SignalQueueEntry {
     SignalQueueEntry { signals: pending.iter().map(|info| SiginfoEntry { siginfo: info.to_vec() }).collect() }
 }
 
+/// The numbers of the signals in a queue.
+pub fn numbers(queue: &SignalQueueEntry) -> impl Iterator<Item = u32> {
+    let number = |entry: &SiginfoEntry| entry.siginfo.first_chunk().map(|bytes| u32::from_le_bytes(*bytes));
+    queue.signals.iter().filter_map(number)
+}
+
 /// Whose queue signals go to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Whose {

@@ -5,7 +5,7 @@ use nix::unistd::Pid;
 
 use super::facts::{self, ThreadFacts};
 use super::file::{Capture, Planner};
-use super::signals::{Actions, Whose, inside, plan_actions, plan_pending, queue};
+use super::signals::{Actions, Whose, inside, numbers, plan_actions, plan_pending, queue};
 use super::timers::Timers;
 use super::{ObjectError, Refusal, cgroup, creds, memory, regfile, registers, seccomp, timers, waits};
 use crate::agent::{Batch, CallId, Guest, Outcome, Room};
@@ -272,6 +272,7 @@ pub fn zombie(stat: &Stat) -> CoreEntry {
 pub fn plan_process(
     cx: &mut Planner<'_>,
     task: TaskRef,
+    entry: &CoreEntry,
     core: &TaskCoreEntry,
     mm: &MmEntry,
 ) -> Result<(), ObjectError> {
@@ -295,7 +296,9 @@ pub fn plan_process(
     }
     memory::plan_facts(cx, task, mm)?;
     if let Some(timers) = &core.timers {
-        timers::plan(&mut cx.plan, task, timers)?;
+        let queues = [&core.signals_s, &entry.thread_core.as_ref().and_then(|thread| thread.signals_p.clone())];
+        let pending = queues.into_iter().flatten().flat_map(numbers).collect();
+        timers::plan(&mut cx.plan, task, timers, &pending)?;
     }
     for (which, limit) in core.rlimits.iter().flat_map(|l| &l.rlimits).enumerate() {
         check_limit(which, limit)?;

@@ -1,16 +1,16 @@
 //! Timers of a process: the three interval timers and the POSIX timers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use nix::unistd::Pid;
 
-use super::ObjectError;
 use super::signals::inside;
+use super::{ObjectError, clocks};
 use crate::agent::{Batch, CallId, Outcome, Room};
 use crate::call;
 use crate::image::proto::{ItimerEntry, PosixTimerEntry, TaskTimersEntry};
 use crate::kernel::proc;
-use crate::plan::{Arg, Plan, Stage, TaskRef};
+use crate::plan::{Arg, Call, Plan, Stage, TaskRef};
 
 /// `struct itimerval` and `struct itimerspec`.
 const TIMER: usize = 32;
@@ -34,7 +34,9 @@ pub struct Timers {
 
 /// SIGEV_* kinds as /proc/PID/timers names them (fs/proc/base.c, `show_timer`).
 const NOTIFY: [(&str, u32); 3] = [("signal", 0), ("none", 1), ("thread", 2)];
+const SIGEV_SIGNAL: u32 = 0;
 const SIGEV_THREAD_ID: u32 = 4;
+const SECOND: u64 = 1_000_000_000;
 
 fn declared(pid: Pid) -> Result<Vec<Declared>, ObjectError> {
     let path = format!("/proc/{pid}/timers");
@@ -134,8 +136,13 @@ fn itimer(entry: &ItimerEntry) -> Option<Vec<u8>> {
     Some([entry.isec, entry.iusec, entry.vsec, vusec].iter().flat_map(|w| w.to_le_bytes()).collect())
 }
 
-/// Plans the timers of a process.
-pub fn plan(plan: &mut Plan, task: TaskRef, timers: &TaskTimersEntry) -> Result<(), ObjectError> {
+/// Plans the timers of a process, for which signals of these numbers are `pending`.
+pub fn plan(
+    plan: &mut Plan,
+    task: TaskRef,
+    timers: &TaskTimersEntry,
+    pending: &BTreeSet<u32>,
+) -> Result<(), ObjectError> {
     for (which, entry) in
         [(libc::ITIMER_REAL, &timers.real), (libc::ITIMER_VIRTUAL, &timers.virt), (libc::ITIMER_PROF, &timers.prof)]
     {
@@ -151,7 +158,7 @@ pub fn plan(plan: &mut Plan, task: TaskRef, timers: &TaskTimersEntry) -> Result<
         }
     }
     if !posix.is_empty() {
-        plan_posix(plan, task, &posix);
+        plan_posix(plan, task, &posix, pending)?;
     }
     Ok(())
 }
@@ -160,7 +167,12 @@ pub fn plan(plan: &mut Plan, task: TaskRef, timers: &TaskTimersEntry) -> Result<
 const RESTORE_IDS: u32 = 77;
 
 /// Timer ids are given out in order; a kernel that lets nobody ask for one cannot restore POSIX timers, and says so.
-fn plan_posix(plan: &mut Plan, task: TaskRef, timers: &BTreeMap<u32, &PosixTimerEntry>) {
+fn plan_posix(
+    plan: &mut Plan,
+    task: TaskRef,
+    timers: &BTreeMap<u32, &PosixTimerEntry>,
+    pending: &BTreeSet<u32>,
+) -> Result<(), ObjectError> {
     plan.push(task, Stage::Timers, call!(SYS_prctl(RESTORE_IDS, 1u64, 0u64, 0u64, 0u64), "choose timer ids"));
     for timer in timers.values() {
         // struct sigevent: value, signal, notify, thread.
@@ -173,13 +185,56 @@ fn plan_posix(plan: &mut Plan, task: TaskRef, timers: &BTreeMap<u32, &PosixTimer
         let clock = timer.clock_id as i32 as i64;
         let why = format!("POSIX timer {}", timer.it_id);
         plan.push(task, Stage::Timers, call!(SYS_timer_create(clock, event, id), why));
-        let spec: Vec<u8> =
-            [timer.isec, timer.insec, timer.vsec, timer.vnsec].iter().flat_map(|w| w.to_le_bytes()).collect();
-        if timer.vsec != 0 || timer.vnsec != 0 {
-            let why = format!("what remained of POSIX timer {}", timer.it_id);
-            let arm = call!(SYS_timer_settime(timer.it_id, 0u64, Arg::Bytes(spec), 0u64), why);
-            plan.push(task, Stage::Timers, arm);
+        let rivals = timers.values().filter(|other| other.si_signo == timer.si_signo).count() > 1;
+        let alone = !rivals && !pending.contains(&timer.si_signo);
+        match overrun_since(plan, timer)?.filter(|_| alone) {
+            Some(since) => plan_overrun(plan, task, timer, since),
+            None if timer.vsec != 0 || timer.vnsec != 0 => {
+                let why = format!("what remained of POSIX timer {}", timer.it_id);
+                plan.push(task, Stage::Timers, arm(timer, 0, timer.vsec, timer.vnsec, why));
+            }
+            None => {}
         }
     }
     plan.push(task, Stage::Timers, call!(SYS_prctl(RESTORE_IDS, 0u64, 0u64, 0u64, 0u64), "timer ids as usual again"));
+    Ok(())
+}
+
+fn arm(timer: &PosixTimerEntry, flags: i32, seconds: u64, nanoseconds: u64, why: String) -> Call {
+    let spec = [timer.isec, timer.insec, seconds, nanoseconds];
+    let spec: Vec<u8> = spec.iter().flat_map(|word| word.to_le_bytes()).collect();
+    call!(SYS_timer_settime(timer.it_id, flags, Arg::Bytes(spec), 0u64), why)
+}
+
+/// When a timer would have to begin so that its next expiration is where it was, and that many lie behind it as it had
+/// missed before its last signal (timer_getoverrun(2)). `None` where it has missed none, and for timers whose past cannot
+/// be made: those of a processor's time or of one thread, and of a clock that does not reach so far back.
+fn overrun_since(plan: &Plan, timer: &PosixTimerEntry) -> Result<Option<u64>, ObjectError> {
+    const CLOCKS: [i32; 3] = [libc::CLOCK_REALTIME, libc::CLOCK_MONOTONIC, libc::CLOCK_BOOTTIME];
+    let clock = timer.clock_id as i32;
+    let left = nanoseconds(timer.vsec, timer.vnsec);
+    let signals = timer.it_sigev_notify == SIGEV_SIGNAL && (1..=64).contains(&timer.si_signo);
+    if timer.overrun == 0 || !signals || !CLOCKS.contains(&clock) || left == Some(0) {
+        return Ok(None);
+    }
+    let now = clocks::now_in(plan.clocks.as_ref(), clock)? as u64;
+    let periods = u64::from(timer.overrun) + 1;
+    let back = nanoseconds(timer.isec, timer.insec).and_then(|interval| interval.checked_mul(periods));
+    let since = back.and_then(|back| now.checked_add(left?)?.checked_sub(back));
+    Ok(since.filter(|&since| since > 0 && since < now))
+}
+
+fn nanoseconds(seconds: u64, nanoseconds: u64) -> Option<u64> {
+    seconds.checked_mul(SECOND)?.checked_add(nanoseconds)
+}
+
+/// Begins a timer in the past and takes the one signal that comes of it: the kernel counts the expirations since then when
+/// the signal is taken (kernel/time/posix-timers.c, `posixtimer_deliver_signal`). All signals are blocked meanwhile.
+fn plan_overrun(plan: &mut Plan, task: TaskRef, timer: &PosixTimerEntry, since: u64) {
+    let why = format!("POSIX timer {}, since before the {} expirations that it missed", timer.it_id, timer.overrun);
+    plan.push(task, Stage::Timers, arm(timer, libc::TIMER_ABSTIME, since / SECOND, since % SECOND, why));
+    let set = (1u64 << (timer.si_signo - 1)).to_le_bytes().to_vec();
+    let limit: Vec<u8> = [10u64, 0].iter().flat_map(|word| word.to_le_bytes()).collect();
+    let why = format!("the signal of POSIX timer {}, which has been seen", timer.it_id);
+    plan.push(task, Stage::Timers, call!(SYS_rt_sigtimedwait(set, 0u64, limit, 8u64), why));
 }

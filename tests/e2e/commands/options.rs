@@ -30,6 +30,19 @@ rows! {
     };
 }
 
+/// Options may come before the command.
+#[test]
+fn options_before_the_command() {
+    let out = call(&["-v4", "-t", "0", "--images-dir", "restore", "dump"]);
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(said.contains("for '--tree <PID>'"), "not taken for a dump of pid 0: {said}");
+    let dir = tempfile::tempdir().expect("a directory");
+    let out = call(&["-D", dir.path().to_str().expect("a path"), "-o", "log", "restore", "-d"]);
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.code() == Some(1) && said.contains("inventory.img"), "not taken for a restore: {said}");
+    assert!(dir.path().join("log").exists(), "the log is elsewhere");
+}
+
 /// What has no meaning here is wrong usage with a reason, and not ignored.
 #[test]
 fn options_of_criu_that_are_none_of_ours() {
