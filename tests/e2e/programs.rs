@@ -1,6 +1,6 @@
 //! Real, unmodified programs, each driven by a client before and after, over and over.
 //!
-//! `E2E_CYCLES` says how often each is dumped and restored (3 times if it does not).
+//! `E2E_CYCLES` says how often each is dumped and restored (3 times if it does not, and what has a gigabyte once).
 
 use std::{
     env, fs,
@@ -27,7 +27,11 @@ workload_rows! { "pools.py";
 
 /// How often each program is dumped and restored.
 fn cycles() -> u32 {
-    env::var("E2E_CYCLES").map_or(3, |text| text.parse().expect("E2E_CYCLES is a number"))
+    cycles_or(3)
+}
+
+fn cycles_or(unsaid: u32) -> u32 {
+    env::var("E2E_CYCLES").map_or(unsaid, |text| text.parse().expect("E2E_CYCLES is a number"))
 }
 
 /// A port that nobody listens on.
@@ -85,43 +89,54 @@ fn without_connections(program: &Program) {
     });
 }
 
-/// redis with so many keys of 200 bytes.
-fn start_redis(keys: u32) -> (Program, u16) {
+/// redis with so many keys of so many bytes.
+fn start_redis(keys: u32, size: u32) -> (Program, u16) {
     let port = free_port();
     let port_word = port.to_string();
     // An empty `--save` switches snapshots off.
-    let options = ["--bind", "127.0.0.1", "--save", "", "--enable-debug-command", "yes", "--dir", "."];
+    let options =
+        ["--bind", "127.0.0.1", "--save", "", "--appendonly", "yes", "--enable-debug-command", "yes", "--dir", "."];
     let words = [&["/usr/bin/redis-server", "--port", &port_word][..], &options].concat();
     let program = Workload::program(&words).with(Claim::Ports).start();
     eventually("redis", || redis(port, "PING").filter(|answer| answer == "+PONG"));
-    redis(port, &format!("DEBUG POPULATE {keys} key 200")).expect("filling redis");
+    redis(port, &format!("DEBUG POPULATE {keys} key {size}")).expect("filling redis");
     (program, port)
 }
 
+/// Has redis start a child that writes a snapshot, with so many microseconds for each key.
+fn start_saving(program: &Program, port: u16, delay: u32) {
+    redis(port, &format!("CONFIG SET rdb-key-save-delay {delay}")).expect("slowing the child down");
+    // It is started by a timer: one that a client asked for would have that client's connection open.
+    redis(port, "CONFIG SET save \"1 1\"").expect("asking for snapshots");
+    redis(port, "SET one more").expect("changing something");
+    eventually("the child", || (program.tree().len() == 2).then_some(()));
+}
+
+/// A gigabyte, while it appends to its log, and while a child writes a snapshot for longer than all of this takes.
 fn redis_keeps_its_data(row: &Row) {
-    let (program, port) = start_redis(200_000);
+    let (program, port) = start_redis(256 << 10, 4096);
+    start_saving(&program, port, 10_000);
     let digest = redis(port, "DEBUG DIGEST").expect("a digest");
-    for number in 0..cycles() {
+    for number in 0..cycles_or(1) {
         without_connections(&program);
         row.cycle(&program);
         assert_eq!(redis(port, "DEBUG DIGEST").as_deref(), Some(&*digest), "the data changed");
         redis(port, &format!("SET extra {number}")).expect("writing");
         assert_eq!(redis(port, "GET extra"), Some(format!("${}\r\n{number}", number.to_string().len())));
         redis(port, "DEL extra").expect("deleting");
+        assert_eq!(program.tree().len(), 2, "its child is gone");
     }
+    // Else it would write another snapshot before it ends.
+    redis(port, "CONFIG SET save \"\"").expect("no more snapshots");
     kill(Pid::from_raw(program.pid()), Signal::SIGTERM).expect("SIGTERM");
     assert!(matches!(program.wait_exit(), nix::sys::wait::WaitStatus::Exited(_, 0)), "it does not end well");
 }
 
 /// While a child of redis writes a snapshot: it goes on writing, and its parent hears of its end.
 fn redis_while_saving(row: &Row) {
-    let (program, port) = start_redis(20_000);
-    // Each key takes the child 200 µs: four seconds in all.
-    redis(port, "CONFIG SET rdb-key-save-delay 200").expect("slowing the child down");
-    // It is started by a timer: one that a client asked for would have that client's connection open.
-    redis(port, "CONFIG SET save \"1 1\"").expect("asking for snapshots");
-    redis(port, "SET one more").expect("changing something");
-    eventually("the child", || (program.tree().len() == 2).then_some(()));
+    let (program, port) = start_redis(20_000, 200);
+    // Four seconds in all.
+    start_saving(&program, port, 200);
     without_connections(&program);
     row.cycle(&program);
     let info = eventually("the child's end", || {
