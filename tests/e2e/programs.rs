@@ -125,6 +125,8 @@ fn redis_keeps_its_data(row: &Row) {
         assert_eq!(redis(port, "GET extra"), Some(format!("${}\r\n{number}", number.to_string().len())));
         redis(port, "DEL extra").expect("deleting");
         assert_eq!(program.tree().len(), 2, "its child is gone");
+        // Two gigabytes each.
+        fs::remove_dir_all(program.file(&format!("images-{}", number + 1))).expect("removing images");
     }
     // Else it would write another snapshot before it ends.
     redis(port, "CONFIG SET save \"\"").expect("no more snapshots");
