@@ -131,6 +131,20 @@ rows! {
         program.finish();
     };
 
+    /// Areas that lie one behind the other, with pages in all of them, are all tracked from the first look on.
+    many_areas => |row| {
+        let mut program = Workload::new("bench.c", "areas").arg("2000").start();
+        let parent = pre_dumps(row, &program, 2, &mut Moments::new());
+        let images = row.next_images(&program);
+        let tree = program.tree();
+        row.dumper.dump(&program, &images, &on(&parent)).expect_success();
+        program.expect_gone(&tree);
+        assert!(in_parent(&images) > 1900, "only {} of 2000 pages were left to the parent", in_parent(&images));
+        row.restore(&program, &images);
+        program.next();
+        program.finish();
+    };
+
     /// Room is freed in the parents, and the last images are as good as before.
     deduplicated => |row| {
         let mut program = writes("everything").start();

@@ -296,8 +296,8 @@ pub fn plan_process(
     }
     memory::plan_facts(cx, task, mm)?;
     if let Some(timers) = &core.timers {
-        let queues = [&core.signals_s, &entry.thread_core.as_ref().and_then(|thread| thread.signals_p.clone())];
-        let pending = queues.into_iter().flatten().flat_map(numbers).collect();
+        let own = entry.thread_core.as_ref().and_then(|thread| thread.signals_p.as_ref());
+        let pending = core.signals_s.iter().chain(own).flat_map(numbers).collect();
         timers::plan(&mut cx.plan, task, timers, &pending)?;
     }
     for (which, limit) in core.rlimits.iter().flat_map(|l| &l.rlimits).enumerate() {

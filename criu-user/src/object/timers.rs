@@ -208,12 +208,13 @@ fn arm(timer: &PosixTimerEntry, flags: i32, seconds: u64, nanoseconds: u64, why:
 
 /// When a timer would have to begin so that its next expiration is where it was, and that many lie behind it as it had
 /// missed before its last signal (timer_getoverrun(2)). `None` where it has missed none, and for timers whose past cannot
-/// be made: those of a processor's time or of one thread, and of a clock that does not reach so far back.
+/// be made: those of a processor's time or of one thread, those whose signal nobody can take, and those of a clock that does
+/// not reach so far back.
 fn overrun_since(plan: &Plan, timer: &PosixTimerEntry) -> Result<Option<u64>, ObjectError> {
     const CLOCKS: [i32; 3] = [libc::CLOCK_REALTIME, libc::CLOCK_MONOTONIC, libc::CLOCK_BOOTTIME];
     let clock = timer.clock_id as i32;
     let left = nanoseconds(timer.vsec, timer.vnsec);
-    let signals = timer.it_sigev_notify == SIGEV_SIGNAL && (1..=64).contains(&timer.si_signo);
+    let signals = timer.it_sigev_notify == SIGEV_SIGNAL && can_be_taken(timer.si_signo);
     if timer.overrun == 0 || !signals || !CLOCKS.contains(&clock) || left == Some(0) {
         return Ok(None);
     }
@@ -222,6 +223,11 @@ fn overrun_since(plan: &Plan, timer: &PosixTimerEntry) -> Result<Option<u64>, Ob
     let back = nanoseconds(timer.isec, timer.insec).and_then(|interval| interval.checked_mul(periods));
     let since = back.and_then(|back| now.checked_add(left?)?.checked_sub(back));
     Ok(since.filter(|&since| since > 0 && since < now))
+}
+
+/// Whether a signal can be blocked, and taken from its queue.
+fn can_be_taken(signal: u32) -> bool {
+    (1..=64).contains(&signal) && ![libc::SIGKILL, libc::SIGSTOP].contains(&(signal as i32))
 }
 
 fn nanoseconds(seconds: u64, nanoseconds: u64) -> Option<u64> {

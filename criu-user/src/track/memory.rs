@@ -186,14 +186,16 @@ impl Memory {
         let mut regions = self.regions.iter().peekable();
         for area in areas.iter().filter(|area| is_tracked(area)) {
             let mut has_pages = false;
-            while let Some(region) = regions.next_if(|region| region.start < area.end) {
+            while let Some(region) = regions.peek().copied().filter(|region| region.start < area.end) {
                 if region.end > area.start {
                     latest.add(region.start.max(area.start), region.end.min(area.end));
                     has_pages = true;
                 }
+                // A run of pages may go on in the next area.
                 if region.end > area.end {
                     break;
                 }
+                regions.next();
             }
             if !has_pages {
                 continue;
