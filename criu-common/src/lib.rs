@@ -4,4 +4,5 @@
 pub mod gate;
 pub mod offsets;
 pub mod survey;
+pub mod waiting;
 pub mod watch;

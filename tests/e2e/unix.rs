@@ -5,7 +5,7 @@ use std::{
     os::unix::net::UnixListener,
 };
 
-use e2e::{Program, Workload, rows, workload_rows};
+use e2e::{Engine, Program, Row, Survey, Workload, rows, workload_rows};
 
 workload_rows! { "unix.py";
     stream_pair
@@ -31,9 +31,23 @@ workload_rows! { "unix.py";
     shared_socket
 }
 
+/// Carried over by eBPF; by /proc refused, and still there.
+fn unaccepted(row: &Row, case: &str) {
+    let workload = Workload::new("unix.py", case);
+    match row.dumper {
+        Engine::Ours(Survey::Proc) => row.refused(&workload, "not accepted"),
+        _ => row.check(&workload),
+    }
+}
+
 rows! {
-    /// What waits in a connection that nobody has accepted cannot be read: refused, and it is still there.
-    backlog_with_data => |row| row.refused(&Workload::new("unix.py", "backlog_with_data"), "not accepted");
+    /// What waits in a connection that nobody has accepted can be read by eBPF only.
+    backlog_with_data => |row| unaccepted(row, "backlog_with_data");
+    backlog_with_packets => |row| unaccepted(row, "backlog_with_packets");
+
+    /// What eBPF cannot read either: refused, and it is still there.
+    backlog_with_pages => |row| row.refused(&Workload::new("unix.py", "backlog_with_pages"), "not accepted");
+    backlog_with_descriptors => |row| row.refused(&Workload::new("unix.py", "backlog_with_descriptors"), "not accepted");
 
     /// The other side belongs to somebody else: refused, and the connection goes on.
     peer_outside => |row| {

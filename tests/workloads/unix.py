@@ -240,11 +240,66 @@ def backlog_with_data():
     server, clients = waiting_clients()
     for number, client in enumerate(clients):
         client.send(b"%d" % number)
+        client.send(b" and more" * 100)
     yield
     for number, client in enumerate(clients):
         session, _ = server.accept()
-        equal(session.recv(10), b"%d" % number, "what was sent before it was accepted")
+        equal(session.recv(2000), b"%d" % number + b" and more" * 100, "what was sent before it was accepted")
         talk(client, session)
+
+
+@case
+def backlog_with_packets():
+    """Packets, one of them empty, from a client that has said its last word; the server wants to know who sent them."""
+    server = unix(socket.SOCK_SEQPACKET)
+    server.bind("\0" + path("packets"))
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    server.listen(5)
+    sizes = [1, 0, 3000, 9000]
+
+    def child():
+        client = unix(socket.SOCK_SEQPACKET)
+        client.connect("\0" + path("packets"))
+        for size in sizes:
+            client.send(b"x" * size)
+        client.shutdown(socket.SHUT_WR)
+        yield
+        equal(client.recv(100), b"heard", "the answer")
+
+    process = Child(child())
+    yield
+    session, _ = server.accept()
+    for size in sizes:
+        data, control, _, _ = session.recvmsg(20000, 1000)
+        equal(len(data), size, "a packet")
+        senders = [struct.unpack("iII", sent)[0] for level, kind, sent in control if kind == socket.SCM_CREDENTIALS]
+        equal(senders, [process.pid], "who sent it")
+    equal(session.recv(100), b"", "the end of file")
+    session.send(b"heard")
+    process.finish()
+
+
+@case
+def backlog_with_pages():
+    """So much data at once that the kernel keeps it in pages."""
+    server, clients = waiting_clients()
+    clients[0].send(b"x" * 20000)
+    yield
+    session, _ = server.accept()
+    equal(len(session.recv(30000)), 20000, "what was sent before it was accepted")
+
+
+@case
+def backlog_with_descriptors():
+    """A descriptor on its way to who has not accepted."""
+    server, clients = waiting_clients()
+    reader, writer = os.pipe()
+    socket.send_fds(clients[0], [b"take it"], [writer])
+    yield
+    session, _ = server.accept()
+    _, files, _, _ = socket.recv_fds(session, 100, 1)
+    os.write(files[0], b"taken")
+    equal(os.read(reader, 100), b"taken", "through the descriptor")
 
 
 def waiting_clients():

@@ -166,6 +166,20 @@ pub fn iterate(program: BorrowedFd<'_>, pid: u32) -> BpfResult<OwnedFd> {
         pid: u32,
         pid_fd: u32,
     }
+    let task = OfTask { tid: 0, pid, pid_fd: 0 };
+    // SAFETY: `task` lives until the call returns and is as long as is said.
+    unsafe { open_iterator(program, (&raw const task).addr() as u64, size_of::<OfTask>() as u32) }
+}
+
+/// The same of an iterator that goes over all that there is.
+pub fn iterate_all(program: BorrowedFd<'_>) -> BpfResult<OwnedFd> {
+    // SAFETY: there is nothing to point to.
+    unsafe { open_iterator(program, 0, 0) }
+}
+
+/// # Safety
+/// At `iter_info` have to be as many bytes as is said.
+unsafe fn open_iterator(program: BorrowedFd<'_>, iter_info: u64, iter_info_len: u32) -> BpfResult<OwnedFd> {
     #[repr(C)]
     struct Create {
         prog_fd: u32,
@@ -176,17 +190,16 @@ pub fn iterate(program: BorrowedFd<'_>, pid: u32) -> BpfResult<OwnedFd> {
         iter_info_len: u32,
         padding: u32,
     }
-    let task = OfTask { tid: 0, pid, pid_fd: 0 };
     let create = Create {
         prog_fd: program.as_raw_fd() as u32,
         target_fd: 0,
         attach_type: BPF_TRACE_ITER,
         flags: 0,
-        iter_info: (&raw const task).addr() as u64,
-        iter_info_len: size_of::<OfTask>() as u32,
+        iter_info,
+        iter_info_len,
         padding: 0,
     };
-    // SAFETY: `task` lives until the call returns; the answer is a new descriptor.
+    // SAFETY: the caller's word; the answer is a new descriptor.
     let link = unsafe { owned(call(LINK_CREATE, &create)?) };
     // SAFETY: no pointers; the answer is a new descriptor.
     Ok(unsafe { owned(call(ITER_CREATE, &[link.as_raw_fd() as u32, 0])?) })

@@ -11,6 +11,7 @@ pub mod maps;
 pub mod object;
 pub mod restart;
 pub mod survey;
+pub mod waiting;
 pub mod watch;
 
 pub use error::{EbpfError, EbpfResult};

@@ -244,7 +244,7 @@ impl EbpfSurvey {
 
 /// Reads until nothing comes. Unlike `Read::read_to_end` it takes "again" for an answer: the kernel gives it after a long
 /// walk over what it does not show (`MAX_ITER_OBJECTS`).
-fn read_to_end(mut from: File, buffer: &mut Vec<u8>) -> io::Result<()> {
+pub(super) fn read_to_end(mut from: File, buffer: &mut Vec<u8>) -> io::Result<()> {
     loop {
         let filled = buffer.len();
         buffer.resize(filled + READ_SIZE, 0);

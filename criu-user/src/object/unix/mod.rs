@@ -6,6 +6,7 @@
 
 mod build;
 pub mod queue;
+mod sent;
 mod steps;
 mod wiring;
 
@@ -40,6 +41,8 @@ struct Known {
     tree: BTreeMap<u32, (Refusal, u32)>,
     /// What waits in them.
     packets: Vec<(SkPacketEntry, Vec<u8>)>,
+    /// What waits in connections that were not accepted.
+    sent: sent::Known,
 }
 
 impl FileKind for Unix {
@@ -164,10 +167,7 @@ impl Unix {
             entry.peer = server;
             entry.own_cred = Some(holder_cred(seen)?);
             if found.unread > 0 {
-                cx.refuse(seen.refuse(
-                    format!("{} bytes wait in a connection that its server has not accepted yet", found.unread),
-                    "dump when the server has accepted it: what waits there cannot be read without accepting it",
-                ));
+                entry.sent = sent::capture(seen, cx)?;
             }
         }
         Ok(())

@@ -14,7 +14,7 @@ use super::build::{Sockets, scratch};
 use super::steps::{
     Accept, Binding, Collect, Connect, Engine, Fill, Forget, Listen, Make, Place, Sender, Settle, address,
 };
-use super::{is_path, is_stream, path_bytes};
+use super::{is_path, is_stream, path_bytes, sent};
 use crate::call;
 use crate::image::UnixFlags;
 use crate::image::proto::{SkPacketEntry, SkUcredEntry, UnixSkEntry};
@@ -79,7 +79,9 @@ impl Wiring {
         for (ino, &socket) in &self.sockets.made {
             let entry = self.entry(*ino);
             let fresh = (!self.accepted.contains(ino)).then(|| Rc::clone(fresh.entry(entry.r#type).or_default()));
-            cx.plan.after(Stage::Files, Settle { socket, entry, fresh });
+            // Who connects has some options from who listens (since Linux 6.16): these come first there.
+            let stage = if entry.state == state::LISTEN { Stage::Connect } else { Stage::Files };
+            cx.plan.after(stage, Settle { socket, entry, fresh });
         }
         if let Some(root) = self.sockets.scratch {
             cx.plan.after(Stage::Wiring, Forget { root });
@@ -271,6 +273,10 @@ impl Wiring {
                 })?;
                 let socket = self.sockets.made[client];
                 self.connect(cx, Stage::Fetch, socket, place, entry.own_cred.as_ref(), entry.id);
+                if !entry.sent.is_empty() {
+                    let stream = entry.r#type == libc::SOCK_STREAM as u32;
+                    cx.plan.after(Stage::Files, sent::again(socket, entry.id, stream, &entry.sent));
+                }
             }
         }
         Ok(())
