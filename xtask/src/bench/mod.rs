@@ -140,7 +140,7 @@ fn enter_namespace(args: &[String]) -> Result<()> {
 fn measure(row: &Row, contenders: &[Contender; 2], rounds: usize) -> [Outcome; 2] {
     let mut outcomes = [(); 2].map(|()| Outcome { samples: Vec::new(), failure: None });
     let [_, peer] = contenders;
-    let bytes = match peer.measure(row) {
+    let bytes = match peer.measure(row, 0) {
         Ok(sample) => sample.image_bytes,
         Err(error) => {
             eprintln!("{} · {} · warming up: {error:#}", row.title, peer.name);
@@ -157,9 +157,8 @@ fn measure(row: &Row, contenders: &[Contender; 2], rounds: usize) -> [Outcome; 2
             if outcome.failure.is_some() {
                 continue;
             }
-            sample::touch_memory(3 * bytes);
             eprint!("{} · {} · round {} of {rounds}: ", row.title, contender.name, round + 1);
-            match contender.measure(row) {
+            match contender.measure(row, bytes) {
                 Ok(sample) => {
                     eprintln!("{sample}");
                     outcome.samples.push(sample);

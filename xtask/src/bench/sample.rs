@@ -75,9 +75,9 @@ impl Contender {
         &self.binary
     }
 
-    /// One round. What the harness reports by a panic becomes an error here.
-    pub fn measure(&self, row: &Row) -> Result<Sample> {
-        self.guarded(|| self.round(row))
+    /// One round, whose images are about as large as is said. What the harness reports by a panic becomes an error here.
+    pub fn measure(&self, row: &Row, bytes: u64) -> Result<Sample> {
+        self.guarded(|| self.round(row, bytes))
     }
 
     /// Runs a round of whatever kind, and makes an error of its panic.
@@ -89,11 +89,12 @@ impl Contender {
         result.unwrap_or_else(|panic| Err(anyhow!(first_line(&*panic))))
     }
 
-    fn round(&self, row: &Row) -> Result<Sample> {
+    fn round(&self, row: &Row, bytes: u64) -> Result<Sample> {
         let mut program = Workload::new("bench.c", row.kind).arg(row.count).start();
         let (left_running, images) = (program.file("left-running"), program.file("images"));
         // Written pages of earlier rows must not be on their way to the disk meanwhile.
         run_quietly(Command::new("sync"))?;
+        touch_memory(bytes);
         self.dump(&program, &left_running, &["-R"])?;
         program.next();
         let frozen = gap(&program)?;
@@ -101,9 +102,11 @@ impl Contender {
 
         run_quietly(Command::new("sync"))?;
         let tree = program.tree();
+        touch_memory(bytes);
         let dump = self.dump(&program, &images, &[])?;
         program.expect_gone(&tree);
         let image_bytes = size_of(&images)?;
+        touch_memory(bytes);
         let restore = self.restore(&images, &[])?;
         ensure!(proc::exists(program.pid()), "restored, but pid {} is not there", program.pid());
         program.finish();
@@ -154,10 +157,14 @@ impl Contender {
     }
 }
 
-/// Has the kernel touch as much memory as a round is going to use, and frees it again. In a virtual machine the first
-/// touch of a page is a fault on the host: whoever comes first would pay a second for half a gigabyte, and the next,
-/// who gets the same pages again, nothing.
+/// Has the kernel touch more memory than an engine is going to use for images of so many bytes, and frees it again. In a
+/// virtual machine the first touch of a page is a fault on the host, ten times as dear as all else; and it is the first
+/// again when the page has been free for two seconds, because the kernel reports free pages to the host
+/// (Documentation/mm/free_page_reporting.rst). Without it chance decides which engine gets pages that the host has taken
+/// back.
 pub fn touch_memory(bytes: u64) {
+    const LEAST: u64 = 384 << 20;
+    let bytes = (2 * bytes).max(LEAST);
     let name = PathBuf::from(format!("/dev/shm/xtask-bench-{}", std::process::id()));
     let write = || -> std::io::Result<()> {
         let mut file = fs::File::create(&name)?;
