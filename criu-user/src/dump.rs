@@ -13,7 +13,7 @@ use crate::freeze::{self, FreezeError, Frozen, FrozenProcess, Release};
 use crate::image::proto::{DumpStatsEntry, InventoryEntry, StatsEntry, TaskKobjIdsEntry};
 use crate::image::{ImageDir, ImageError, ImageKind};
 use crate::kernel::pidfd::PidFd;
-use crate::kernel::proc::Shown;
+use crate::kernel::proc::{self, Shown};
 use crate::kernel::survey::{PAGE, Vma};
 use crate::kernel::surveyor::{Source, SurveyError, Surveyor};
 use crate::kernel::threads::ThreadRecords;
@@ -22,7 +22,7 @@ use crate::live::{self, Live};
 use crate::object::cgroup::Manage;
 use crate::object::file::Capture;
 use crate::object::ghost::{self, Links};
-use crate::object::memory::{Pages, Past};
+use crate::object::memory::{Pages, Past, Prepared};
 use crate::object::outside::{External, Inherit};
 use crate::object::tcp::{Hold, NetworkLock};
 use crate::object::{
@@ -176,11 +176,17 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
     if options.release != Release::Kill {
         lineage.arming().map_err(LineageError::from)?;
     }
+    // With a parent there is little to write, and nobody knows how much.
+    let prepared = if options.release == Release::Kill || options.live || !history.is_empty() {
+        Prepared::default()
+    } else {
+        Prepared::make(&dir, &proc::tree(options.pid))
+    };
     let frozen = freeze::freeze(options.pid, options.timeout, options.freeze_cgroup.as_deref())?;
     let (processes, threads) = (frozen.processes.len(), frozen.processes.iter().map(|p| p.threads.len()).sum());
     info!(processes, threads, took = ?frozen.took, "the tree stands still");
     let writing = Instant::now();
-    let past = Past { history, arms: lineage.is_tracked() };
+    let past = Past { history, arms: lineage.is_tracked(), prepared };
     let Written { mut pages, links, hold, mut live } =
         write_images(options, observer, &dir, &frozen, &mut surveyor, hold, (past, live))?;
     let mut writing = writing.elapsed();

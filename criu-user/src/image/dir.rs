@@ -9,7 +9,7 @@ use std::{
     fs::{DirBuilder, File, OpenOptions, TryLockError},
     io::{self, Write},
     os::{
-        fd::{AsFd, BorrowedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd},
         unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
@@ -19,10 +19,10 @@ use std::{
 use nix::{
     dir::Dir,
     errno::Errno,
-    fcntl::{AtFlags, OFlag, openat, readlinkat, renameat},
+    fcntl::{AT_FDCWD, AtFlags, OFlag, openat, readlinkat, renameat},
     sys::memfd::{MFdFlags, memfd_create},
     sys::stat::{Mode, SFlag, fstatat},
-    unistd::{UnlinkatFlags, symlinkat, syncfs, unlinkat},
+    unistd::{UnlinkatFlags, linkat, symlinkat, syncfs, unlinkat},
 };
 use prost::Message;
 
@@ -154,6 +154,37 @@ impl ImageDir {
     pub fn create_file(&self, name: impl Into<ImageName>) -> Result<File, ImageError> {
         self.clear()?;
         self.place.make(name.into())
+    }
+
+    /// A new and empty file that [`ImageDir::adopt`] gives a name; `None` where the file system has no such files.
+    /// Nothing of an earlier dump is touched.
+    pub fn nameless(&self) -> Option<File> {
+        let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
+        openat(&self.place.dir, ".", flags, Mode::S_IRUSR | Mode::S_IWUSR).map(File::from).ok()
+    }
+
+    /// Gives a file of [`ImageDir::nameless`] a name. What had it before is unlinked.
+    pub fn adopt(&self, name: impl Into<ImageName>, file: File) -> Result<File, ImageError> {
+        self.clear()?;
+        let name = name.into().to_string();
+        tracing::debug!("image {name}");
+        // AT_EMPTY_PATH would need CAP_DAC_READ_SEARCH.
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let link = || linkat(AT_FDCWD, path.as_str(), &self.place.dir, &*name, AtFlags::AT_SYMLINK_FOLLOW);
+        match link() {
+            Err(Errno::EEXIST) => {
+                self.remove(&name)?;
+                link()
+            }
+            other => other,
+        }
+        .map(|()| file)
+        .map_err(|e| ImageError::File {
+            file: self.place.path.join(&name),
+            offset: 0,
+            call: "link",
+            source: e.into(),
+        })
     }
 
     /// A file without a name on the same file system, for what has no place yet; where there is none to be had, in

@@ -44,10 +44,24 @@ impl PagesWriter {
     /// Begins the pagemap `name` (a [`ImageKind::Pagemap`] or [`ImageKind::PagemapShmem`]) and its pages file, whose
     /// number must be one that no other pagemap of this dump has.
     pub fn create(dir: &ImageDir, name: ImageName, pages_id: u32) -> Result<Self, ImageError> {
+        Self::create_with(dir, name, pages_id, None)
+    }
+
+    /// The same with a pages file that was made beforehand by [`ImageDir::nameless`]. What it holds does not count, and
+    /// where it is too long it is cut in the end.
+    pub fn create_with(
+        dir: &ImageDir,
+        name: ImageName,
+        pages_id: u32,
+        prepared: Option<File>,
+    ) -> Result<Self, ImageError> {
         let pages_name = ImageKind::Pages.id(pages_id.into());
         let mut map = dir.writer(name)?;
         map.message(&PagemapHead { pages_id })?;
-        let pages = dir.create_file(pages_name)?;
+        let pages = match prepared {
+            Some(file) => dir.adopt(pages_name, file)?,
+            None => dir.create_file(pages_name)?,
+        };
         let pages_path = dir.path_of(pages_name);
         Ok(Self { map, pages, pages_path, last: None, entries: 0, written: PageCounts::default() })
     }
@@ -88,10 +102,14 @@ impl PagesWriter {
         self.flush()?;
         self.map.finish()?;
         let need = self.written.present * PAGE_SIZE;
-        let left = match self.pages.metadata() {
-            Ok(meta) => meta.len(),
-            Err(source) => return Err(ImageError::File { file: self.pages_path, offset: 0, call: "fstat", source }),
+        let failed = |call| {
+            let file = self.pages_path.clone();
+            move |source| ImageError::File { file, offset: 0, call, source }
         };
+        let left = self.pages.metadata().map_err(failed("fstat"))?.len();
+        if left > need {
+            self.pages.set_len(need).map_err(failed("ftruncate"))?;
+        }
         if left < need {
             let what = "the data of all pages, as just written,";
             return Err(ImageError::Truncated { file: self.pages_path, offset: 0, what, need, left });

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 
 use nix::unistd::Pid;
 
+use super::prepare::Prepared;
 use crate::image::{ImageDir, ImageError, PageStore};
 use crate::kernel::page_set::PageSet;
 use crate::kernel::pagemap::{PageKind, Region};
@@ -56,6 +57,8 @@ pub struct Past {
     pub history: History,
     /// Whether pages are armed in the freeze, so that what is written from then on is found by the next image.
     pub arms: bool,
+    /// Files for pages that were made beforehand.
+    pub prepared: Prepared,
 }
 
 /// Clean pages of one process, walked through from low addresses to high ones.

@@ -12,6 +12,7 @@ mod fill;
 mod history;
 mod inherit;
 mod plan;
+mod prepare;
 mod vdso;
 
 pub use area::{areas, is_private};
@@ -21,3 +22,4 @@ pub use facts::plan_facts;
 pub use fill::OpenImage;
 pub use history::{Clean, History, Past, Place};
 pub use plan::plan;
+pub use prepare::Prepared;
