@@ -57,7 +57,7 @@ impl Prepared {
 }
 
 fn free_on_disk(dir: &ImageDir) -> u64 {
-    fstatvfs(dir).map_or(0, |stat| stat.blocks_available() as u64 * stat.fragment_size() as u64)
+    fstatvfs(dir).map_or(0, |stat| stat.blocks_available() * stat.fragment_size())
 }
 
 /// A file without a name that is so long.
