@@ -111,6 +111,59 @@ def tcp_shared_by_workers():
 
 
 @case
+def mptcp_listening():
+    """MPTCP: clients of both kinds get through, and who asks for a connection can still be either."""
+    mptcp = 262
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, mptcp)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind((V4, 0))
+    sock.listen(7)
+    idle = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, mptcp)
+    address = sock.getsockname()
+    yield
+    equal(sock.getsockname(), address, "address")
+    equal([s.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL) for s in (sock, idle)], [mptcp] * 2, "SO_PROTOCOL")
+    for protocol in (socket.IPPROTO_TCP, mptcp):
+        client = socket.socket(socket.AF_INET, socket.SOCK_STREAM, protocol)
+        client.connect(address)
+        session, _ = sock.accept()
+        client.send(b"hello")
+        equal(session.recv(10), b"hello", "what the client said")
+        equal(session.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL), protocol, "SO_PROTOCOL of the connection")
+
+
+@case
+def mptcp_established():
+    """A connection of MPTCP, which says itself what it is made of."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+    sock.bind((V4, 0))
+    sock.listen(7)
+    client = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+    client.connect(sock.getsockname())
+    session, _ = sock.accept()
+    yield
+    client.send(b"x")
+    equal(session.recv(10), b"x", "the connection")
+
+
+@case
+def mptcp_fallen_back():
+    """A server of MPTCP, whose client knows TCP only."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+    sock.bind((V4, 0))
+    sock.listen(7)
+    client = socket.create_connection(sock.getsockname())
+    session, _ = sock.accept()
+    client.send(b"before")
+    yield
+    equal(session.recv(10), b"before", "what waited")
+    client.send(b"x")
+    equal(session.recv(10), b"x", "the connection")
+    session.send(b"y")
+    equal(client.recv(10), b"y", "the answer")
+
+
+@case
 def tcp_unbound():
     """Sockets that are nothing yet, and one that is only bound."""
     plain, bound = socket.socket(), socket.socket()
@@ -274,6 +327,37 @@ def udp_queue():
             check(False, "a datagram too many")
         except BlockingIOError:
             pass
+
+
+@case
+def udplite_queue():
+    """The same for UDP-Lite."""
+    pairs = []
+    for family, address in ((socket.AF_INET, V4), (socket.AF_INET6, V6)):
+        server = socket.socket(family, socket.SOCK_DGRAM, socket.IPPROTO_UDPLITE)
+        server.bind((address, 0))
+        client = socket.socket(family, socket.SOCK_DGRAM, socket.IPPROTO_UDPLITE)
+        client.connect(server.getsockname())
+        pairs.append((server, client))
+    parts = [b"first", b"x" * 1001, b"last"]
+    for _, client in pairs:
+        for part in parts:
+            client.send(part)
+    yield
+    for server, client in pairs:
+        client.send(b"afterwards")
+        for part in [*parts, b"afterwards"]:
+            equal(server.recvfrom(2000, socket.MSG_DONTWAIT), (part, client.getsockname()), "a datagram")
+
+
+@case
+def udp_more_to_come():
+    """Half a datagram, by MSG_MORE."""
+    server, client = udp(socket.AF_INET, V4)
+    client.send(b"one ", socket.MSG_MORE)
+    yield
+    client.send(b"two")
+    equal(server.recv(100), b"one two", "the datagram")
 
 
 @case

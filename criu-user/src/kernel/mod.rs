@@ -19,6 +19,7 @@ pub mod known;
 pub mod map;
 pub mod mem;
 pub mod nftables;
+pub mod packet_diag;
 pub mod page_set;
 pub mod pagemap;
 pub mod parallel;

@@ -1,11 +1,12 @@
-//! What waits in UDP sockets: looked at, never taken, at dump; delivered again at restore, by packets of our own making
-//! from the address that each came from, with the mark.
+//! What waits in UDP and UDP-Lite sockets: looked at, never taken, at dump; delivered again at restore, by packets of our
+//! own making from the address that each came from, with the mark.
 //!
 //! CRIU's images have no place for it, so it is in a file of ours, and dropped where that is not there: as the network
 //! might have done.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
 
 use super::ObjectError;
 use super::file::{Capture, Planner, Seen};
@@ -15,7 +16,7 @@ use super::tcp::rebuild::{Pass, Wire};
 use super::unix::queue;
 use crate::image::ImageKind;
 use crate::image::proto::{InetSkEntry, SkPacketEntry};
-use crate::kernel::socket;
+use crate::kernel::{SysResult, socket, tcp};
 use crate::plan::{Deed, FileRef, Opened, Stage};
 
 /// UDP_CORK of udp(7).
@@ -30,12 +31,12 @@ struct Found(Vec<Waiting>);
 
 /// Looks at what waits in a socket.
 pub fn capture(seen: &Seen, cx: &mut Capture<'_>, entry: &InetSkEntry) -> Result<(), ObjectError> {
-    if entry.proto as i32 != libc::IPPROTO_UDP {
-        return Ok(());
-    }
-    if socket::number(&seen.file, libc::SOL_UDP, UDP_CORK)? != 0 {
+    // The level of UDP-Lite's options has its number as well.
+    let corked = socket::number(&seen.file, entry.proto as i32, UDP_CORK)? != 0;
+    if corked || gathers(seen)? {
+        let how = if corked { "is corked" } else { "has something to send (MSG_MORE)" };
         cx.refuse(seen.refuse(
-            format!("UDP socket on port {} is corked: what it has gathered so far cannot be read", entry.src_port),
+            format!("UDP socket on port {} {how}: what it has gathered so far cannot be read", entry.src_port),
             "dump when the program has sent it",
         ));
     }
@@ -49,6 +50,19 @@ pub fn capture(seen: &Seen, cx: &mut Capture<'_>, entry: &InetSkEntry) -> Result
         cx.shelf.get::<Found>().0.push((message, packet.data));
     }
     Ok(())
+}
+
+/// Whether the socket keeps something that it has not sent. What is on its way through an interface counts as well, but
+/// not for long.
+fn gathers(seen: &Seen) -> SysResult<bool> {
+    const LOOKS: u32 = 10;
+    for _ in 0..LOOKS {
+        if tcp::unsent_memory(&seen.file)? == 0 {
+            return Ok(false);
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(true)
 }
 
 /// Writes what was found.
@@ -83,7 +97,8 @@ pub fn plan(entry: &InetSkEntry, scope: u32, file: FileRef, cx: &mut Planner<'_>
     }
     let waiting = cx.shelf.get::<Read>().0.as_mut().and_then(|all| all.remove(&entry.id));
     if let Some(waiting) = waiting {
-        cx.plan.after(Stage::Groups, Deliver { file, to: Ends::of(entry, scope).local, waiting });
+        let protocol = entry.proto as i32;
+        cx.plan.after(Stage::Groups, Deliver { file, protocol, to: Ends::of(entry, scope).local, waiting });
     }
     Ok(())
 }
@@ -92,6 +107,7 @@ pub fn plan(entry: &InetSkEntry, scope: u32, file: FileRef, cx: &mut Planner<'_>
 #[derive(Debug)]
 struct Deliver {
     file: FileRef,
+    protocol: i32,
     to: SocketAddr,
     waiting: Vec<Waiting>,
 }
@@ -106,7 +122,11 @@ impl Deed for Deliver {
         for (message, data) in &self.waiting {
             let from = message.sender_name.as_deref().and_then(address_of).ok_or("a datagram without a sender")?;
             let ends = Ends { local: from, remote: reachable(self.to, from) }.on_the_wire();
-            wire.send(&packet::datagram(&ends, data)?, ends.remote, Pass::Marked)?;
+            let packet = match self.protocol {
+                libc::IPPROTO_UDPLITE => packet::lite_datagram(&ends, data)?,
+                _ => packet::datagram(&ends, data)?,
+            };
+            wire.send(&packet, ends.remote, Pass::Marked)?;
         }
         Ok(())
     }
