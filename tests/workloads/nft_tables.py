@@ -20,8 +20,8 @@ while True:
         attributes = answer[20:length]
         while attributes:
             size, attribute = struct.unpack_from("=HH", attributes)
-            name = attributes[4:size].rstrip(b"\0").decode()
-            if attribute == NAME and name.startswith("criu-ebpf"):
-                print(name)
+            name = attributes[4:size].rstrip(b"\0")
+            if attribute == NAME and name.startswith(b"criu-ebpf"):
+                print(name.decode())
             attributes = attributes[(size + 3) & ~3 :]
         answer = answer[(length + 3) & ~3 :]
