@@ -190,5 +190,7 @@ offsets! {
     mm_map_count: needed "mm_struct" "map_count";
     mm_users: needed "mm_struct" "mm_users";
     mm_membarrier_state: optional "mm_struct" "membarrier_state";
+    mm_lock_seq: optional "mm_struct" "mm_lock_seq.sequence";
+    task_self_exec_id: optional "task_struct" "self_exec_id";
     mm_vdso: optional "mm_struct" "context.vdso";
 }

@@ -310,6 +310,11 @@ pub struct Mm {
     pub membarrier_state: u32,
     /// Where the vDSO is, or 0.
     pub vdso: u64,
+    /// Sequence number of the writers of the memory map (`mm_lock_seq`), odd while one is at it; 0 where the kernel keeps
+    /// none (CONFIG_PER_VMA_LOCK, since Linux 6.13).
+    pub map_sequence: u32,
+    /// Counts programs of the thread (`self_exec_id`); 0 where the kernel has none.
+    pub exec_id: u32,
     /// Auxiliary vector, to its AT_NULL.
     pub auxv: [u64; AUXV_WORDS],
 }

@@ -8,7 +8,7 @@ use aya_ebpf::helpers::generated::bpf_seq_write;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::Array;
 use criu_common::offsets::ABSENT;
-use criu_common::watch::{BY_CGROUP, Followed, Order};
+use criu_common::watch::{BY_CGROUP, Followed, Order, SHARED_DESCRIPTORS};
 
 use crate::access::{get, off};
 use crate::ids::{id_at, reader_level};
@@ -53,6 +53,13 @@ extern "C" fn watch_follow(ctx: *const TaskContext) -> i32 {
             let mut process = entry(task, pid);
             if order == FOLLOW_BY_CGROUP {
                 process.flags |= BY_CGROUP;
+            }
+            // More users than threads: also somebody who reads its directory in /proc just now, on older kernels. Then its
+            // generation of descriptors is not believed for nothing.
+            let users: u32 = get(get(task as u64, off!(task_files)), off!(files_count));
+            let threads: u32 = get(get(task as u64, off!(task_signal)), off!(signal_threads));
+            if users > threads {
+                process.flags |= SHARED_DESCRIPTORS;
             }
             insert(key, &process);
             // It may have ended since it was looked up. Then it either finds itself in the set, or is seen to be dead here.

@@ -4,7 +4,9 @@
 use aya_ebpf::cty::c_void;
 use aya_ebpf::macros::btf_tracepoint;
 use aya_ebpf::programs::BtfTracePointContext;
-use criu_common::watch::{BY_CGROUP, Exec, Exit, Fork, Header, Kind, Loss, RecordKind, SHARES_MEMORY};
+use criu_common::watch::{
+    BY_CGROUP, Exec, Exit, Fork, Header, Kind, Loss, RecordKind, SHARED_DESCRIPTORS, SHARES_MEMORY,
+};
 
 use crate::access::{copy, get, load, off};
 use crate::tracked::{
@@ -50,6 +52,10 @@ unsafe fn made(maker: &mut criu_common::watch::Process, key: u32, parent: *const
                 process.flags |= SHARES_MEMORY;
                 process.lender = key;
             }
+            if load::<u64>(parent, off!(task_files)) == load::<u64>(child, off!(task_files)) {
+                process.flags |= SHARED_DESCRIPTORS;
+                maker.flags |= SHARED_DESCRIPTORS;
+            }
             insert(child_key, &process);
         }
         let header = header(RecordKind::Fork, key, maker.pid, parent);
@@ -67,6 +73,8 @@ fn watch_exec(ctx: BtfTracePointContext) -> i32 {
         let key = key_of(task);
         if let Some(process) = find(key) {
             process.images += 1;
+            // It has a table of its own from here on.
+            process.flags &= !SHARED_DESCRIPTORS;
             add(&mut process.everything, 1);
             give_back(process);
             let mut record = Exec { header: header(RecordKind::Exec, key, process.pid, task), comm: [0; 16] };

@@ -25,6 +25,9 @@ const BPF_F_USER_STACK: u64 = 1 << 8;
 /// The number of what is no call any more: rt_sigreturn(2), or one that a filter has suppressed.
 const NO_CALL: u64 = u64::MAX;
 
+/// clone(2) gives a descriptor of the child back.
+const CLONE_PIDFD: u64 = 0x1000;
+
 /// Word of the table.
 #[inline(always)]
 fn entry(number: u64) -> Entry {
@@ -98,6 +101,10 @@ unsafe fn returned(
         by_command(process, check, &arguments);
         return;
     }
+    // The low byte is a signal.
+    if check == Check::Clone as u32 && arguments[0] & CLONE_PIDFD != 0 {
+        touch(process, Kind::Descriptors);
+    }
     let result: i64 = ctx.arg(1);
     if result < 0 {
         return;
@@ -147,11 +154,13 @@ fn ioctl(process: &mut Process, command: u64) {
     const FIONCLEX: u64 = 0x5450;
     const FIOCLEX: u64 = 0x5451;
     const FIONREAD: u64 = 0x541b;
+    /// Opens the other end of a pseudo terminal.
+    const TIOCGPTPEER: u64 = 0x5441;
     const TERMINAL: u64 = b'T' as u64;
     const USERFAULTFD: u64 = 0xaa;
     match command {
         FIONREAD => {}
-        FIOCLEX | FIONCLEX => touch(process, Kind::Descriptors),
+        FIOCLEX | FIONCLEX | TIOCGPTPEER => touch(process, Kind::Descriptors),
         _ => match command >> 8 & 0xff {
             TERMINAL => touch(process, Kind::Sessions),
             USERFAULTFD => touch(process, Kind::Memory),

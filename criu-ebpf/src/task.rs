@@ -54,6 +54,9 @@ extern "C" fn survey_tasks(ctx: *const TaskContext) -> i32 {
         let is_leader = leader == task as u64;
         if mm != 0 && (is_leader || get::<u64>(leader, off!(task_mm)) == 0) {
             fill_mm(MM.get(), mm);
+            if off!(task_self_exec_id) != ABSENT {
+                (*MM.get()).exec_id = load(task, off!(task_self_exec_id));
+            }
             (*MM.get()).header = Header { kind: Kind::Mm as u32, tail_kind: 0, tail: 0, tgid };
             if bpf_seq_write(seq.cast(), MM.get().cast(), size_of::<Mm>() as u32) != 0 {
                 return 0;
@@ -223,6 +226,9 @@ unsafe fn fill_mm(to: *mut Mm, mm: u64) {
         }
         if off!(mm_vdso) != ABSENT {
             m.vdso = get(mm, off!(mm_vdso));
+        }
+        if off!(mm_lock_seq) != ABSENT {
+            m.map_sequence = get(mm, off!(mm_lock_seq));
         }
         m.exe_file = get(mm, off!(mm_exe_file));
         m.exe_inode = get(m.exe_file, off!(file_inode));

@@ -15,6 +15,7 @@ use crate::image::{ImageDir, ImageError, ImageKind};
 use crate::kernel::pidfd::PidFd;
 use crate::kernel::proc::Shown;
 use crate::kernel::survey::{PAGE, Vma};
+use crate::kernel::survey_cache::{CacheUse, Caching};
 use crate::kernel::surveyor::{Source, SurveyError, Surveyor};
 use crate::kernel::threads::ThreadRecords;
 use crate::lineage::{Lineage, LineageError, Tracking};
@@ -63,6 +64,8 @@ pub struct DumpOptions {
     pub network_lock: NetworkLock,
     /// Where the survey comes from.
     pub survey: Source,
+    /// How far what was read before the freeze is believed.
+    pub caching: Caching,
     /// What belongs to somebody outside of the tree.
     pub external: Vec<External>,
     /// What will be given at the restore, which makes it as external.
@@ -165,7 +168,7 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
         return Err(DumpError::Refused(known));
     }
     tell(observer, Moment::PreDump, Some(options.pid))?;
-    let mut surveyor = Surveyor::choose(options.survey, options.pid)?;
+    let mut surveyor = Surveyor::choose(options.survey, options.pid, options.caching)?;
     let hold = match options.tcp_established || options.lock_listeners {
         true => Hold::prepare(options).map_err(ObjectError::from)?,
         false => Hold::default(),
@@ -173,14 +176,12 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
     let live = if options.live { Live::prepare(options.pid) } else { Live::default() };
     let (mut lineage, history) = Lineage::begin(options.pid, &options.tracking, &dir)?;
     let shape = lineage.is_tracked().then(|| Shape::of_tree(options.pid));
-    if options.release != Release::Kill {
-        lineage.arming().map_err(LineageError::from)?;
-    }
+    surveyor.read_ahead(options.pid);
     let frozen = freeze::freeze(options.pid, options.timeout, options.freeze_cgroup.as_deref())?;
     let (processes, threads) = (frozen.processes.len(), frozen.processes.iter().map(|p| p.threads.len()).sum());
     info!(processes, threads, took = ?frozen.took, "the tree stands still");
     let writing = Instant::now();
-    let past = Past { history, arms: lineage.is_tracked() };
+    let past = lineage.confirm(history, options.release);
     let Written { mut pages, links, hold, mut live } =
         write_images(options, observer, &dir, &frozen, &mut surveyor, hold, (past, live))?;
     let mut writing = writing.elapsed();
@@ -338,7 +339,10 @@ fn write_all(
 ) -> Result<(Pages, Links), DumpError> {
     let observer = cx.observer;
     refuse_foreign(options, frozen, cx);
-    apart::refuse(cx, frozen).map_err(ObjectError::from)?;
+    let many = frozen.alive().filter(|process| process.threads.len() > 1);
+    let identities = many.map(|process| Ok((process.pid, surveyor.identities(process.pid)?)));
+    let identities = identities.collect::<Result<_, SurveyError>>()?;
+    apart::refuse(cx, frozen, &identities).map_err(ObjectError::from)?;
 
     let alive: Vec<Shown> = frozen.alive().map(|p| p.shown).collect();
     let tables = surveyor.descriptors(&alive)?;
@@ -354,7 +358,8 @@ fn write_all(
 
     let described: usize = tables.values().map(Vec::len).sum();
     let mapped: usize = areas.values().map(|(vmas, _)| vmas.len()).sum();
-    info!(by = surveyor.name(), descriptors = described, areas = mapped, "the tree is surveyed");
+    let CacheUse { hits, misses } = surveyor.cache_use();
+    info!(by = surveyor.name(), descriptors = described, areas = mapped, hits, misses, "the tree is surveyed");
     if observer.counts_memory() {
         observer.expects(alive.iter().map(|process| memory::estimate(process.by)).sum());
     }

@@ -1,20 +1,23 @@
 //! What an image builds on: the parent that the user named, and what a tracking session knows of the time since.
 
+use std::collections::HashSet;
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use nix::unistd::Pid;
 use tracing::{debug, info, warn};
 
+use crate::freeze::Release;
 use crate::image::proto::InventoryEntry;
 use crate::image::{ImageDir, ImageError};
 use crate::kernel::SysResult;
 use crate::kernel::page_set::PageSet;
 use crate::kernel::proc;
-use crate::object::memory::History;
+use crate::object::memory::{History, Past};
 use crate::track::TrackError;
-use crate::track::client::Client;
-use crate::track::wire::Tracked;
+use crate::track::client::{Client, PATIENCE};
+use crate::track::wire::{Begun, Tracked};
 
 /// What the user wants of memory tracking.
 #[derive(Debug, Clone, Default)]
@@ -40,6 +43,12 @@ pub enum LineageError {
     #[error(transparent)]
     Sys(#[from] crate::kernel::SysError),
 }
+
+/// How long the session may take to answer while the tree stands still.
+const IN_THE_FREEZE: Duration = Duration::from_millis(500);
+
+/// How long to wait for the end of a session that does not answer any more.
+const DYING: Duration = Duration::from_millis(20);
 
 /// An image's connection with the one before it. Dropped before [`Lineage::commit`], the session goes on as if there had
 /// been no image.
@@ -68,18 +77,12 @@ impl Lineage {
             }
             None => None,
         };
-        let client = match wanted.track_mem {
-            true => Some(Client::connect_or_start(pid)?),
-            false if parent.is_some() => Client::connect(pid)?,
-            false => None,
-        };
-        let Some(mut client) = client else {
+        let Some((client, begun)) = connect(pid, wanted, parent.is_some())? else {
             if parent.is_some() {
                 warn!("nobody tracked the tree since its parent image: all of its memory is written");
             }
             return Ok((lineage, History::default()));
         };
-        let begun = client.begin()?;
         lineage.client = Some(client);
         lineage.stopped = Duration::from_micros(begun.stopped_us());
         let mut written = Vec::new();
@@ -106,9 +109,34 @@ impl Lineage {
         self.client.is_some()
     }
 
-    /// Tells the session that the pages are armed by the engine itself from here on.
-    pub fn arming(&mut self) -> Result<(), TrackError> {
-        self.client.as_mut().map_or(Ok(()), Client::arming)
+    /// In the freeze: what of the history holds, and whose pages are to be armed for the image after this one.
+    ///
+    /// Only a session that was there all the time knows of all writes. Where it died meanwhile and another one began, the
+    /// other has armed pages without telling us what it found; it cannot begin in the freeze.
+    pub fn confirm(&mut self, mut history: History, release: Release) -> Past {
+        let Some(client) = &mut self.client else { return Past { history, arms: HashSet::new() } };
+        let ask = |client: &mut Client| {
+            client.patience(IN_THE_FREEZE)?;
+            let tracked = if release == Release::Kill { client.confirm()? } else { client.arming()? };
+            client.patience(PATIENCE)?;
+            Ok::<_, TrackError>(tracked)
+        };
+        match ask(client) {
+            Ok(tracked) => {
+                let known = self.tracked.iter().map(|&(pid, _)| pid);
+                let tracked: HashSet<Pid> = known.filter(|pid| tracked.contains(pid)).collect();
+                history.keep(|pid| tracked.contains(&pid));
+                // A tree that is killed has no next image; and if it is not, because the dump fails, what the session
+                // has not seen must stay to be seen.
+                let arms = if release == Release::Kill { HashSet::new() } else { tracked };
+                Past { history, arms }
+            }
+            Err(err) => {
+                warn!(%err, "the tracking session is gone: all memory is written");
+                self.client = None;
+                Past::default()
+            }
+        }
     }
 
     /// Enters the image's name into its inventory.
@@ -123,6 +151,29 @@ impl Lineage {
             None => Ok(()),
         }
     }
+}
+
+/// Finds the session, or starts one where it is wanted, and takes what it knows. One that was killed this very moment still
+/// takes connections, and answers none.
+fn connect(pid: Pid, wanted: &Tracking, has_parent: bool) -> Result<Option<(Client, Begun)>, TrackError> {
+    const TRIES: usize = 10;
+    let is_end = |kind| matches!(kind, ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe);
+    for n in 1.. {
+        let client = match wanted.track_mem {
+            true => Some(Client::connect_or_start(pid)?),
+            false if has_parent => Client::connect(pid)?,
+            false => None,
+        };
+        let Some(mut client) = client else { break };
+        match client.begin() {
+            Err(TrackError::Socket { source, .. }) if n < TRIES && is_end(source.kind()) => {
+                debug!(%source, "the session has just ended");
+                std::thread::sleep(DYING);
+            }
+            begun => return Ok(Some((client, begun?))),
+        }
+    }
+    Ok(None)
 }
 
 /// What was written to the memory of a process, if that is known.

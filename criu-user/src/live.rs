@@ -10,7 +10,7 @@ use tracing::{debug, info, warn};
 
 use crate::agent::copy::Orphans;
 use crate::agent::{AgentError, Aside, Guest, alone};
-use crate::freeze::FrozenProcess;
+use crate::freeze::{self, FrozenProcess};
 use crate::image::proto::{CoreEntry, MmEntry};
 use crate::image::{ImageDir, ImageKind};
 use crate::kernel::survey::Vma;
@@ -140,6 +140,7 @@ impl Live {
     pub fn finish(&mut self, dir: &ImageDir, observer: &dyn Observer) -> Result<(), ObjectError> {
         let begin = Instant::now();
         for Pending { snapshot, pages_id, mut mm } in std::mem::take(&mut self.copies) {
+            freeze::catch_up();
             let (copy, pid) = (snapshot.pid().as_raw(), snapshot.of().as_raw());
             let part = snapshot.write(dir, observer, pages_id, &mut mm.vmas)?;
             dir.write_one(ImageKind::Mm.id(pid as u64), &mm)?;

@@ -68,7 +68,7 @@ fn copies(program: &Program) -> BTreeSet<i32> {
 
 /// Waits until no copy of a program is left. Dead ones are collected, as far as they were seen alive or the engine tells of
 /// them: that is the trade of whoever adopts orphans.
-fn reap_copies(program: &Program, images: &Path) {
+pub(crate) fn reap_copies(program: &Program, images: &Path) {
     let end = Instant::now() + Duration::from_secs(10);
     let log = fs::read_to_string(images.join("dump.log")).unwrap_or_default();
     let told = log.lines().filter_map(|line| line.split_once("it is copied copy=")?.1.trim().parse().ok());

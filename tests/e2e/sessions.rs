@@ -449,6 +449,41 @@ fn killed_at_any_moment() {
     program.finish();
 }
 
+/// A process that is killed while it stands still for a moment: its parent is told all the same.
+#[test]
+fn children_that_are_killed_can_be_waited_for() {
+    let script = "
+import random, signal
+wait()
+memory = bytearray(1 << 22)
+for n in range(60):
+    children = []
+    for m in range(8):
+        child = os.fork()
+        if child == 0:
+            while True:
+                memory[random.randrange(len(memory))] = 1
+        children.append(child)
+    time.sleep(0.04 + random.random() * 0.1)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    for child in children:
+        os.waitpid(child, 0)
+open('done', 'w').close()
+time.sleep(1000)
+";
+    let program = python(script);
+    let tracker = Tracker::start(&["--interval", "100", &program.pid().to_string()]);
+    tracker.next();
+    now(&program);
+    let end = Instant::now() + Duration::from_secs(60);
+    while !program.file("done").exists() {
+        let states: Vec<_> = program.tree().iter().map(|&pid| proc::stat(pid)).collect();
+        assert!(Instant::now() < end, "it still waits for a child: {states:?}");
+        tracker.next();
+    }
+}
+
 /// A program that would notice anything does not notice sessions that come and go.
 #[test]
 fn comes_and_goes_unnoticed() {

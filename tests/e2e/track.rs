@@ -10,17 +10,17 @@ use nix::sys::signal::Signal;
 
 use crate::killed::Moments;
 
-fn cycles() -> u32 {
+pub(crate) fn cycles() -> u32 {
     std::env::var("E2E_CYCLES").map_or(1, |text| text.parse().expect("E2E_CYCLES is a number"))
 }
 
 /// The kernel writes into a registered area of restartable sequences whenever it pleases.
-fn writes(case: &str) -> Workload {
+pub(crate) fn writes(case: &str) -> Workload {
     Workload::new("writes.c", case).env("GLIBC_TUNABLES", "glibc.pthread.rseq=0")
 }
 
 /// Pre-dumps as many times, and gives the last images.
-fn pre_dumps(row: &Row, program: &Program, times: u32, moments: &mut Moments) -> PathBuf {
+pub(crate) fn pre_dumps(row: &Row, program: &Program, times: u32, moments: &mut Moments) -> PathBuf {
     let mut parent: Option<PathBuf> = None;
     for _ in 0..times {
         let images = row.next_images(program);
@@ -31,12 +31,14 @@ fn pre_dumps(row: &Row, program: &Program, times: u32, moments: &mut Moments) ->
     parent.expect("at least one pre-dump")
 }
 
-fn on(parent: &std::path::Path) -> Options {
-    Options { dump: vec!["--track-mem".into(), "--prev-images-dir".into(), parent.into()], ..Options::default() }
+pub(crate) fn on(parent: &std::path::Path) -> Options {
+    let mut options = Options::dump(&["--verify-cache", "--track-mem", "--prev-images-dir"]);
+    options.dump.push(parent.into());
+    options
 }
 
 /// How many pages of a dump are in its parent, by its log.
-fn in_parent(images: &std::path::Path) -> u64 {
+pub(crate) fn in_parent(images: &std::path::Path) -> u64 {
     let log = std::fs::read_to_string(images.join("dump.log")).expect("a log");
     let line = log.lines().find(|line| line.contains(") dump finished")).expect("a finished dump");
     let number = line.split("in_parent=").nth(1).and_then(|rest| rest.split_whitespace().next());
@@ -55,6 +57,15 @@ fn predicted(row: &Row, program: &Program) -> u64 {
     found.expect("its report")["predicted_freeze_us"].as_u64().expect("a number")
 }
 
+/// Makes room for the next cycle.
+pub(crate) fn remove_images(program: &Program) {
+    for entry in std::fs::read_dir(program.dir()).expect("its directory").flatten() {
+        if entry.file_name().to_string_lossy().starts_with("images-") {
+            std::fs::remove_dir_all(entry.path()).expect("removing images");
+        }
+    }
+}
+
 /// Pre-dump three times, dump, restore, compare every byte.
 fn exact(row: &Row, case: &str) {
     let mut program = writes(case).start();
@@ -63,18 +74,14 @@ fn exact(row: &Row, case: &str) {
         let parent = pre_dumps(row, &program, 3, &mut moments);
         let before = Bytes::stop_and_take(&program);
         let tree = program.tree();
-        let images = parent.with_file_name("last");
+        let images = row.next_images(&program);
         row.dumper.dump(&program, &images, &on(&parent)).expect_success();
         program.expect_gone(&tree);
         assert!(in_parent(&images) > 0, "nothing was left to the parent");
         row.restore(&program, &images);
         before.compare(&Bytes::take(&program));
         signal(&program, Signal::SIGCONT);
-        for n in std::fs::read_dir(program.dir()).expect("its directory").flatten() {
-            if n.file_name().to_string_lossy().starts_with("images-") || n.file_name() == "last" {
-                std::fs::remove_dir_all(n.path()).expect("removing images");
-            }
-        }
+        remove_images(&program);
     }
     program.finish();
 }
@@ -85,7 +92,7 @@ macro_rules! ways {
 
 ways! {
     stores reading o_direct other_process proc_mem shared dontneed remap fresh protection huge_pages program_break
-    file_private memory_file merging forks pageout vmspliced everything
+    file_private memory_file merging forks family pageout vmspliced everything
 }
 
 rows! {

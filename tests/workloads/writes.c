@@ -390,6 +390,26 @@ static void forks(void)
 	scribble(inherited + any(PAGES) * PAGE);
 }
 
+static char *own;
+
+static void write_own(pid_t parent)
+{
+	(void)parent;
+	scribble(own + any(PAGES) * PAGE);
+}
+
+/* A child for good, and each writes its own. */
+static void family_begin(void)
+{
+	fill(own = anonymous(PAGES * PAGE, MAP_PRIVATE), PAGES * PAGE);
+	child(write_own);
+}
+
+static void family(void)
+{
+	write_own(0);
+}
+
 static char *guarded;
 
 static void pageout_begin(void)
@@ -455,6 +475,7 @@ static const struct way {
 	{ "memory_file", memfd_begin, memfd },
 	{ "merging", merging_begin, merging },
 	{ "forks", forks_begin, forks },
+	{ "family", family_begin, family },
 	{ "pageout", pageout_begin, pageout },
 	{ "vmspliced", vmspliced_begin, vmspliced },
 };

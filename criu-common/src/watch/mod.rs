@@ -98,7 +98,7 @@ pub struct Process {
     pub parent: u32,
     /// How often it has called execve(2).
     pub images: u32,
-    /// [`SHARES_MEMORY`], [`BY_CGROUP`].
+    /// [`SHARES_MEMORY`], [`BY_CGROUP`], [`SHARED_DESCRIPTORS`].
     pub flags: u32,
     /// When it began, on the boot clock.
     pub started_ns: u64,
@@ -118,6 +118,9 @@ pub struct Process {
 pub const SHARES_MEMORY: u32 = 1;
 /// It is followed because of its control group.
 pub const BY_CGROUP: u32 = 2;
+
+/// It has, or has had, its table of descriptors in common with another process (CLONE_FILES): calls of the other change it.
+pub const SHARED_DESCRIPTORS: u32 = 4;
 
 /// How many processes can be followed at once.
 pub const MOST_PROCESSES: u32 = 1 << 14;

@@ -6,11 +6,14 @@ crate::offsets::offsets! {
     task_thread_pid: needed "task_struct" "thread_pid";
     task_group_leader: needed "task_struct" "group_leader";
     task_signal: needed "task_struct" "signal";
+    task_files: needed "task_struct" "files";
     task_mm: needed "task_struct" "mm";
     task_comm: needed "task_struct" "comm";
     task_exit_code: needed "task_struct" "exit_code";
     task_start_boottime: optional "task_struct" "start_boottime";
     task_status: needed "task_struct" "thread_info.status";
+    files_count: needed "files_struct" "count";
+    signal_threads: needed "signal_struct" "nr_threads";
     signal_live: needed "signal_struct" "live";
     signal_group_exit_code: needed "signal_struct" "group_exit_code";
 

@@ -19,6 +19,7 @@ use super::{Outcome, log, say};
 use crate::dump::{self, DumpOptions, Summary};
 use crate::freeze::Release;
 use crate::image::{self, ImageDir};
+use crate::kernel::survey_cache::Caching;
 use crate::kernel::surveyor::Source;
 use crate::lineage::Tracking;
 use crate::object::cgroup::Manage;
@@ -39,7 +40,7 @@ pub(super) struct DumpArgs {
     #[arg(short = 'R', long)]
     leave_running: bool,
     /// Freeze the tree only for its small state: its memory, as it is then, is written from copies while it runs on
-    #[arg(long, requires = "leave_running", conflicts_with_all = ["track_mem", "prev_images_dir", "auto_dedup"])]
+    #[arg(long, requires = "leave_running")]
     live: bool,
     /// Leave the tree stopped (SIGSTOP) after the dump
     #[arg(short = 's', long, conflicts_with = "leave_running")]
@@ -90,6 +91,9 @@ pub(super) struct DumpArgs {
     /// Where the list of areas and descriptors comes from
     #[arg(long, value_name = "SOURCE", value_enum, default_value = "auto")]
     survey: Survey,
+    /// Read everything again in the freeze that was read before it, and fail if anything differs
+    #[arg(long)]
+    verify_cache: bool,
     /// What is done about control groups: any but ignore saves them
     #[arg(long, value_name = "MODE", value_enum, num_args = 0..=1, require_equals = true, default_value = "soft",
           default_missing_value = "soft")]
@@ -253,6 +257,7 @@ pub(super) fn run(args: DumpArgs) -> Outcome {
             Survey::Ebpf => Source::Ebpf,
             Survey::Proc => Source::Proc,
         },
+        caching: if args.verify_cache { Caching::Verified } else { Caching::Used },
         external: args.external,
         inherit: args.inherit_fd,
         file_locks: args.file_locks,

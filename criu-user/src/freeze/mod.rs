@@ -15,6 +15,7 @@ use nix::unistd::Pid;
 
 use examine::examine;
 pub use examine::{FrozenProcess, FrozenThread};
+pub use seize::catch_up;
 use seize::{Seized, seize_threads, wait_all, walk};
 
 use crate::kernel::SysError;

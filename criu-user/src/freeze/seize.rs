@@ -1,6 +1,7 @@
 //! Taking hold of threads, and letting them go.
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -37,8 +38,40 @@ impl Seized {
         if let Some(regs) = &seizure.release {
             let _ = ptrace::set_regs(tid, regs);
         }
-        let _ = ptrace::detach(tid);
+        detach(tid);
     }
+}
+
+thread_local! {
+    /// Threads that we still trace and want to be rid of. Only the thread that traces them can let them go.
+    static LATE: RefCell<BTreeSet<Pid>> = const { RefCell::new(BTreeSet::new()) };
+}
+
+/// Ends tracing. One that was killed while it stood still cannot be detached from, and its parent is told of its end only
+/// when we have collected it.
+fn detach(tid: Pid) {
+    if ptrace::detach(tid).is_err_and(|err| err.errno == Errno::ESRCH) {
+        LATE.with_borrow_mut(|late| late.insert(tid));
+    }
+}
+
+/// Lets threads go that had not come to a stop, or not to their end, when their freeze was over. Whoever lives on after a
+/// freeze calls this now and then while it gives `true`: some are still on their way.
+pub fn catch_up() -> bool {
+    let late = LATE.take();
+    let is_late = |&tid: &Pid| match ptrace::try_wait(tid) {
+        Ok(Some(Stop::Interrupt | Stop::Group(_))) => ptrace::detach(tid).is_err(),
+        Ok(Some(Stop::Signal(signal))) => ptrace::cont(tid, signal).is_ok(),
+        // Collected, or nobody of ours any more.
+        Ok(Some(Stop::Exited)) | Err(_) => false,
+        Ok(Some(_)) => ptrace::cont(tid, 0).is_ok(),
+        Ok(None) => true,
+    };
+    let still: BTreeSet<Pid> = late.into_iter().filter(is_late).collect();
+    LATE.with_borrow_mut(|late| {
+        late.extend(still);
+        !late.is_empty()
+    })
 }
 
 impl Drop for Seized {
@@ -48,12 +81,19 @@ impl Drop for Seized {
             Self::let_go(tid, seizure);
         }
         // The others are still on their way to a stop, and only there can be detached from. Some were only waiting for
-        // those above. A thread that does not come is let go by the kernel when the engine ends.
+        // those above. A thread that does not come is let go by the kernel when the engine ends, or by `catch_up`.
         let deadline = Instant::now() + PARTING;
         for (&tid, seizure) in moving {
-            if let Ok(Some(_)) = wait_for_stop(tid, deadline) {
-                Self::let_go(tid, seizure);
+            match wait_for_stop(tid, deadline) {
+                Ok(Some(_)) => Self::let_go(tid, seizure),
+                Err(FreezeError::Timeout { .. }) => {
+                    LATE.with_borrow_mut(|late| late.insert(tid));
+                }
+                Ok(None) | Err(_) => {}
             }
+        }
+        while catch_up() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_micros(200));
         }
     }
 }
@@ -105,6 +145,7 @@ pub(super) fn seize_threads(pid: Pid, seized: &mut Seized) -> Result<bool, Freez
             Err(e) if e.errno == Errno::ESRCH => continue,
             Err(e) => return Err(e.into()),
         }
+        LATE.with_borrow_mut(|late| late.remove(&tid));
         seized.threads.insert(tid, Seizure { stop: None, process: pid, release: None });
         new = true;
         if let Err(e) = ptrace::interrupt(tid)

@@ -36,6 +36,7 @@ pub mod seccomp_bpf;
 mod sock_diag;
 pub mod socket;
 pub mod survey;
+pub mod survey_cache;
 pub mod surveyor;
 pub mod sys;
 pub mod tcp;

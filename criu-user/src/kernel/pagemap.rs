@@ -93,6 +93,17 @@ pub struct Query {
     pub report: PageKind,
 }
 
+/// How page tables are walked over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// Nothing is changed.
+    Look,
+    /// Nothing is changed, and one page is enough.
+    First,
+    /// What is found is write-protected in the same step.
+    Arm,
+}
+
 /// The page map of one process.
 #[derive(Debug)]
 pub struct PageMap {
@@ -117,7 +128,7 @@ impl PageMap {
 
     /// The runs of pages between `start` and `end` that match, ascending, appended to `found`.
     pub fn scan(&mut self, start: u64, end: u64, query: Query, found: &mut Vec<Region>) -> SysResult<()> {
-        self.walk((start, end), query, 0, found)
+        self.walk((start, end), query, How::Look, found)
     }
 
     /// The pages that were written since they were armed last, in all areas that are registered with a userfaultfd in
@@ -132,20 +143,34 @@ impl PageMap {
             inverted: PageKind::empty(),
             report: PageKind::WRITTEN,
         };
-        self.walk((0, ADDRESSES_END), WRITTEN, WP_MATCHING, found)
+        self.walk((0, ADDRESSES_END), WRITTEN, How::Arm, found)
     }
 
-    fn walk(&mut self, (start, end): (u64, u64), query: Query, flags: u64, found: &mut Vec<Region>) -> SysResult<()> {
+    /// Whether there are pages in areas that are registered with a userfaultfd in the mode WP_ASYNC.
+    pub fn is_watched(&mut self) -> SysResult<bool> {
+        const WATCHED: Query = Query {
+            all: PageKind::WP_ALLOWED,
+            any: PageKind::PRESENT.union(PageKind::SWAPPED),
+            inverted: PageKind::empty(),
+            report: PageKind::WP_ALLOWED,
+        };
+        let mut found = Vec::new();
+        self.walk((0, ADDRESSES_END), WATCHED, How::First, &mut found)?;
+        Ok(!found.is_empty())
+    }
+
+    fn walk(&mut self, (start, end): (u64, u64), query: Query, how: How, found: &mut Vec<Region>) -> SysResult<()> {
         let mut at = start;
         while at < end {
             let any = query.any & self.known;
             let mut arg = ScanArg {
                 size: size_of::<ScanArg>() as u64,
-                flags,
+                flags: if how == How::Arm { WP_MATCHING } else { 0 },
                 start: at,
                 end,
                 vec: self.vector.as_mut_ptr() as u64,
                 vec_len: VECTOR as u64,
+                max_pages: u64::from(how == How::First),
                 category_inverted: query.inverted.bits(),
                 category_mask: query.all.bits(),
                 category_anyof_mask: any.bits(),

@@ -1,7 +1,8 @@
 //! Who makes the survey: eBPF iterators or /proc. Both find the same.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
+use criu_common::survey::Thread;
 use nix::unistd::Pid;
 
 use super::SysError;
@@ -10,6 +11,7 @@ use super::known::{ITERATORS, Known};
 use super::probe::Absent;
 use super::proc::{self, Shown};
 use super::survey::{self, Descriptor, PAGE, Vma};
+use super::survey_cache::{CacheUse, CachedSurvey, Caching};
 use super::threads::ThreadRecords;
 
 /// Which source the user wants.
@@ -33,17 +35,39 @@ pub enum SurveyError {
     /// The programs could not be loaded or run.
     #[error("{0}; --survey proc does without eBPF")]
     Ebpf(#[from] EbpfError),
+    /// What was read before the freeze is not so in it, though it seemed to be.
+    #[error(
+        "the state cache is wrong about an area of process {pid}: it has {kept}, and the kernel has {read}; \
+         this is an error of criu-ebpf, please report it; --survey proc does without the cache"
+    )]
+    Stale {
+        /// The process.
+        pid: i32,
+        /// What was kept.
+        kept: String,
+        /// What was read in the freeze.
+        read: String,
+    },
 }
 
 /// The chosen source, made ready before the freeze.
 #[derive(Debug)]
 pub enum Surveyor {
     /// eBPF iterators.
-    Ebpf(Box<EbpfSurvey>),
+    Ebpf(Box<CachedSurvey>),
     /// /proc.
     Proc,
     /// /proc, and eBPF for what /proc does not tell: how long a thread was still going to sleep.
     Mixed(Sleeps),
+}
+
+/// Where the kernel keeps what threads mostly share: the same places, the same descriptors, directories and namespaces (but
+/// for the user namespace, which is the process's).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity {
+    files: u64,
+    fs: u64,
+    nsproxy: u64,
 }
 
 /// The program that tells of sleeps, for trees that need no other.
@@ -65,7 +89,7 @@ const WORTH_LOADING: usize = 400;
 
 impl Surveyor {
     /// Chooses for a tree with this root.
-    pub fn choose(source: Source, root: Pid) -> Result<Self, SurveyError> {
+    pub fn choose(source: Source, root: Pid, caching: Caching) -> Result<Self, SurveyError> {
         match source {
             Source::Proc => return Ok(Self::Proc),
             Source::Auto if !EbpfSurvey::is_built_in() => return Ok(Self::Proc),
@@ -77,11 +101,32 @@ impl Surveyor {
             _ => {}
         }
         if source == Source::Auto {
-            return Ok(loaded(EbpfSurvey::load_all).map_or(Self::Proc, Self::Ebpf));
+            let cached = |survey: Box<EbpfSurvey>| Self::Ebpf(Box::new(CachedSurvey::new(*survey, caching)));
+            return Ok(loaded(EbpfSurvey::load_all).map_or(Self::Proc, cached));
         }
         let mut survey = EbpfSurvey::new()?;
         survey.load_all()?;
-        Ok(Self::Ebpf(Box::new(survey)))
+        Ok(Self::Ebpf(Box::new(CachedSurvey::new(survey, caching))))
+    }
+
+    /// Reads what takes long and may still be so in the freeze, while the tree runs.
+    pub fn read_ahead(&mut self, root: Pid) {
+        if let Self::Ebpf(survey) = self {
+            survey.read_ahead(root);
+        }
+    }
+
+    /// How often that was of use.
+    pub fn cache_use(&self) -> CacheUse {
+        if let Self::Ebpf(survey) = self { survey.used() } else { CacheUse::default() }
+    }
+
+    /// The identities of the threads of a process that stands still; empty without eBPF.
+    pub fn identities(&mut self, pid: Pid) -> Result<HashMap<Pid, Identity>, SurveyError> {
+        let Self::Ebpf(survey) = self else { return Ok(HashMap::new()) };
+        let threads = survey.tasks(pid)?.map_or(&[][..], |tasks| &tasks.threads);
+        let identity = |thread: &Thread| Identity { files: thread.files, fs: thread.fs, nsproxy: thread.nsproxy };
+        Ok(threads.iter().map(|thread| (Pid::from_raw(thread.tid as i32), identity(thread))).collect())
     }
 
     /// What it works by, for a reader.
@@ -97,7 +142,7 @@ impl Surveyor {
     /// The areas of a process.
     pub fn areas(&mut self, process: Shown) -> Result<Vec<Vma>, SurveyError> {
         if let Self::Ebpf(survey) = self
-            && let Some(areas) = survey.areas(process.pid)?
+            && let Some(areas) = survey.areas(process)?
         {
             return Ok(areas);
         }
@@ -123,7 +168,10 @@ impl Surveyor {
     pub fn threads(&mut self, pid: Pid, sleeps: bool) -> Result<ThreadRecords, SurveyError> {
         let survey = match self {
             Self::Proc => return Ok(ThreadRecords::default()),
-            Self::Ebpf(survey) => survey,
+            Self::Ebpf(survey) => {
+                let threads = survey.tasks(pid)?.map_or_else(Vec::new, |tasks| tasks.threads.clone());
+                return Ok(ThreadRecords::new(threads, *survey.programs().offsets()));
+            }
             Self::Mixed(_) if !sleeps => return Ok(ThreadRecords::default()),
             Self::Mixed(program) => {
                 // It may have fallen asleep since the first look.

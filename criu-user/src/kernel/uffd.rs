@@ -15,6 +15,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use nix::errno::Errno;
 
 use super::error::During;
+use super::pagemap::ADDRESSES_END;
+use super::survey::PAGE;
 use super::{SysError, SysResult, sys};
 
 bitflags::bitflags! {
@@ -46,6 +48,8 @@ pub(super) const API: u64 = 0xaa;
 pub(super) const UFFDIO_API: u64 = 0xc018_aa3f;
 pub(super) const UFFDIO_REGISTER: u64 = 0xc020_aa00;
 const MODE_WP: u64 = 1 << 1;
+/// `_IOWR(0xaa, …)` with 24 bytes.
+const UFFDIO_WRITEPROTECT: u64 = 0xc018_aa06;
 
 /// Flags for the system call, where no fault ever asks anybody: `UFFD_USER_MODE_ONLY` will do then, which needs no
 /// privilege. Faults of the kernel's own (a read(2) into a buffer) are resolved all the same.
@@ -71,6 +75,15 @@ impl WriteWatch {
     pub fn new(fd: OwnedFd) -> SysResult<Self> {
         agree(&fd, TRACKING)?;
         Ok(Self(fd))
+    }
+
+    /// Whether the memory that this watches is still there: its process has neither ended nor called execve(2).
+    pub fn has_memory(&self) -> bool {
+        // Asks for writes to the last page there can be to be allowed. Hardly anybody has it; then it counts as written.
+        let mut protect = [ADDRESSES_END - PAGE, PAGE, 0];
+        // SAFETY: the words live for the call and are as many as the request says.
+        let done = unsafe { libc::ioctl(self.0.as_raw_fd(), UFFDIO_WRITEPROTECT as _, protect.as_mut_ptr()) };
+        Errno::result(done) != Err(Errno::ESRCH)
     }
 
     /// Registers the area from `start` to `end`. Pages in it count as written until they are armed.

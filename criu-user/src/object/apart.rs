@@ -12,6 +12,7 @@ use super::file::Capture;
 use crate::freeze::{Frozen, FrozenProcess};
 use crate::kernel::SysResult;
 use crate::kernel::proc::{LinkDir, Shown};
+use crate::kernel::surveyor::Identity;
 use crate::kernel::sys::{Compare, kcmp};
 
 /// A kind of namespace: its file in /proc/PID/ns, its name for readers.
@@ -38,8 +39,11 @@ pub fn foreign_to_engine(pid: Pid) -> SysResult<Vec<String>> {
     foreign_namespaces(&Namespaces::of(pid)?, &SHARED.map(|(file, _)| here.get(file)))
 }
 
+/// By what the threads of a process can be told to share all that they mostly do; of as many as are known.
+pub type Identities = HashMap<Pid, Identity>;
+
 /// Enters refusals for all that is otherwise.
-pub fn refuse(cx: &mut Capture<'_>, frozen: &Frozen) -> SysResult<()> {
+pub fn refuse(cx: &mut Capture<'_>, frozen: &Frozen, identities: &HashMap<Pid, Identities>) -> SysResult<()> {
     let here = Namespaces::of("self")?;
     let own = SHARED.map(|(file, _)| here.get(file));
     let clock = Namespaces::of(frozen.processes[0].shown.by)?.get("time").ok();
@@ -53,7 +57,7 @@ pub fn refuse(cx: &mut Capture<'_>, frozen: &Frozen) -> SysResult<()> {
             let what = "its clocks are not those of the tree's first process (time namespace)".to_owned();
             cx.refuse(refusal(process.pid, what, "dump that part of the tree by itself"));
         }
-        refuse_threads(cx, process)?;
+        refuse_threads(cx, process, identities.get(&process.pid))?;
     }
     let alive: HashMap<Pid, Shown> = frozen.alive().map(|process| (process.pid, process.shown)).collect();
     for process in frozen.alive() {
@@ -99,7 +103,7 @@ fn foreign_namespaces(namespaces: &Namespaces, own: &[SysResult<PathBuf>; 8]) ->
 }
 
 /// Threads that have something of their own that threads mostly share.
-fn refuse_threads(cx: &mut Capture<'_>, process: &FrozenProcess) -> SysResult<()> {
+fn refuse_threads(cx: &mut Capture<'_>, process: &FrozenProcess, identities: Option<&Identities>) -> SysResult<()> {
     let pid = process.pid;
     let [first, others @ ..] = &process.threads[..] else { return Ok(()) };
     if others.is_empty() {
@@ -108,8 +112,13 @@ fn refuse_threads(cx: &mut Capture<'_>, process: &FrozenProcess) -> SysResult<()
     let of = |tid: Pid| Namespaces::of(format!("{pid}/task/{tid}"));
     let leader = of(first.tid())?;
     let common = BY_THREAD.map(|(file, _)| leader.get(file));
+    let identity = |tid: Pid| identities.and_then(|all| all.get(&tid));
     for thread in others {
         let tid = thread.tid();
+        // Most of them are found the same at one look, where eBPF has it.
+        if identity(tid).is_some() && identity(tid) == identity(first.tid()) {
+            continue;
+        }
         let namespaces = of(tid)?;
         for ((file, name), common) in BY_THREAD.iter().zip(&common) {
             if common.as_ref().is_ok_and(|common| namespaces.get(file).is_ok_and(|own| own != *common)) {

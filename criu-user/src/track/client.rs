@@ -14,7 +14,7 @@ use super::wire::{self, Answer, Ask, Begun, Empty, Reply, Request};
 use crate::metrics::Run;
 
 /// How long an answer may take: a look at hundreds of gigabytes.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A connection to a session.
 #[derive(Debug)]
@@ -56,9 +56,22 @@ impl Client {
         }
     }
 
-    /// Says that the pages are about to be armed by the asker.
-    pub fn arming(&mut self) -> Result<(), TrackError> {
-        self.done(Ask::Arming(Empty {}))
+    /// Asks, in the freeze, whose pages the session has tracked from the beginning until now. Without an answer it may have
+    /// died on the way, and another may have armed pages in its place.
+    pub fn confirm(&mut self) -> Result<Vec<Pid>, TrackError> {
+        self.confirmed(Ask::Confirm(Empty {}))
+    }
+
+    /// The same, and says that the pages are about to be armed by the asker.
+    pub fn arming(&mut self) -> Result<Vec<Pid>, TrackError> {
+        self.confirmed(Ask::Arming(Empty {}))
+    }
+
+    fn confirmed(&mut self, ask: Ask) -> Result<Vec<Pid>, TrackError> {
+        match self.ask(ask)? {
+            Answer::Confirmed(confirmed) => Ok(confirmed.pids.into_iter().map(Pid::from_raw).collect()),
+            other => Err(self.unexpected(&other)),
+        }
     }
 
     /// Says that the image with this id is complete.

@@ -98,7 +98,7 @@ impl Memory {
         for _ in 0..2 {
             let mut still = None;
             if self.watch.is_none() {
-                if let Some(why) = own_userfaultfd(shown.by) {
+                if let Some(why) = own_userfaultfd(shown.by).or_else(|| self.watched_by_others(&mut map)) {
                     self.untracked = Some(why);
                     return Ok(look);
                 }
@@ -167,6 +167,21 @@ impl Memory {
         Ok(look)
     }
 
+    /// Two who look at the same pages would take them from each other: what one of them has found written, and armed, the
+    /// other never sees. A session that was killed a moment ago may still be on its way out.
+    fn watched_by_others(&self, map: &mut PageMap) -> Option<String> {
+        const WHY: &str = "somebody else tracks its memory: the session of another tree that it belongs to, or whoever \
+                           holds a userfaultfd of it";
+        let end = Instant::now() + if self.untracked.is_none() { GOING } else { Duration::ZERO };
+        while map.is_watched().unwrap_or(false) {
+            if Instant::now() >= end {
+                return Some(WHY.to_owned());
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        None
+    }
+
     /// Finds pages that are not tracked, into `regions`; gives the areas, if there are such pages.
     fn find_untracked(&mut self, by: Pid, map: &mut PageMap) -> Result<Vec<Vma>, TrackError> {
         let areas = survey::layout_of(by)?;
@@ -210,6 +225,11 @@ impl Memory {
             }
         }
         Ok(true)
+    }
+
+    /// Whether it is tracked now: not if it has called execve(2) since it was looked at.
+    pub fn is_watched(&self) -> bool {
+        self.watch.as_ref().is_some_and(WriteWatch::has_memory)
     }
 
     /// Takes what was written since the last image, for the next one.
@@ -270,6 +290,9 @@ fn stretches(areas: &[Vma]) -> Vec<(u64, u64)> {
 
 /// How long a process may take to stand still: as long as a read from a disk.
 const STILL: Duration = Duration::from_secs(2);
+
+/// How long a session that was killed may take to be gone: the kernel goes over all the pages that were protected.
+const GOING: Duration = Duration::from_millis(500);
 
 /// Whether a process has a file open with O_DIRECT. Its reads are over when it stands still: a thread in the middle of one
 /// stops only afterwards.

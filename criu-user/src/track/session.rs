@@ -31,8 +31,9 @@ use super::predict::{self, Measured, Shape};
 use super::recorder::Recorder;
 use super::report::Report;
 use super::tree::{Belief, Tree, TreeLook};
-use super::wire::{self, Answer, Ask, Begun, Empty, Reply, Request, Tracked};
+use super::wire::{self, Answer, Ask, Begun, Confirmed, Empty, Reply, Request, Tracked};
 use super::witness::{News, Witness};
+use crate::freeze;
 use crate::kernel::kept;
 use crate::kernel::pidfd::PidFd;
 use crate::kernel::survey::PAGE;
@@ -44,6 +45,8 @@ const LONGEST: Duration = Duration::from_secs(10);
 const FAULT: Duration = Duration::from_nanos(1300);
 /// How long new memory waits for its first look: programs that are short-lived need none.
 const SETTLING: Duration = Duration::from_millis(50);
+/// How often it is tried again to let a thread go that was not to be had when it should have been.
+const LATE: Duration = Duration::from_millis(10);
 /// One part in so many of its time may the session spend with looks at new memory.
 const EARLY_SHARE: u32 = 10;
 /// One part in so many of its time may a program lose to these faults, and a processor to our looks.
@@ -200,6 +203,8 @@ impl Session {
         let mut next = Instant::now() + self.pause();
         loop {
             let wake = shared.early.get().map_or(next, |early| early.min(next));
+            // Nobody stands still for us now.
+            let late = freeze::catch_up();
             tokio::select! {
                 // Its pidfd tells when the root has ended with all its threads.
                 _ = self.root.readable() => return End::Tree,
@@ -207,6 +212,7 @@ impl Session {
                     shared.hear();
                     continue;
                 }
+                () = tokio::time::sleep(LATE), if late => continue,
                 () = tokio::time::sleep_until(wake.into()) => {}
             }
             // Whoever makes an image has the tree for himself.
@@ -400,6 +406,13 @@ impl Shared {
         }
     }
 
+    /// Whose pages have been tracked until now. That this is answered at all tells that the session has lived so long.
+    fn confirm(&self) -> Confirmed {
+        let tree = self.tree.borrow();
+        let tracked = tree.processes.values().filter(|memory| memory.is_watched());
+        Confirmed { pids: tracked.map(|memory| memory.pid.as_raw()).collect() }
+    }
+
     fn commit(&self, id: Vec<u8>) {
         self.tree.borrow_mut().processes.values_mut().for_each(Memory::commit);
         *self.since.borrow_mut() = id;
@@ -464,12 +477,13 @@ impl Connection {
                 self.holding = Holding::Cut;
                 Answer::Begun(self.shared.cut())
             }
-            Ask::Arming(_) | Ask::Commit(_) if self.guard.is_none() => {
+            Ask::Arming(_) | Ask::Commit(_) | Ask::Confirm(_) if self.guard.is_none() => {
                 Answer::Error("this connection has not begun".into())
             }
+            Ask::Confirm(_) => Answer::Confirmed(self.shared.confirm()),
             Ask::Arming(_) => {
                 self.holding = Holding::Armed;
-                done
+                Answer::Confirmed(self.shared.confirm())
             }
             Ask::Commit(id) => {
                 self.shared.commit(id);

@@ -7,7 +7,9 @@ use std::path::PathBuf;
 
 use nix::unistd::Pid;
 
-pub use crate::image::proto::session::{Begun, Empty, Reply, Request, Told, Tracked, reply::Answer, request::Ask};
+pub use crate::image::proto::session::{
+    Begun, Confirmed, Empty, Reply, Request, Told, Tracked, reply::Answer, request::Ask,
+};
 use crate::kernel::kept;
 
 /// Longest message: the written pages of a few terabytes.

@@ -213,6 +213,15 @@ fn syscalls_move_the_kinds_that_they_touch_and_no_others() {
         ("libc.prctl(38, 1, 0, 0, 0)", &[Kind::Credentials]),
         ("libc.prctl(15, b'name', 0, 0, 0)", &[Kind::Settings]),
         ("fcntl.fcntl(0, fcntl.F_GETFL)", &[]),
+        ("a, b = os.openpty()", &[Kind::Descriptors, Kind::Sessions]),
+        ("assert fcntl.ioctl(a, 0x5441, os.O_RDWR | os.O_NOCTTY) > 0", &[Kind::Descriptors]),
+        // landlock_create_ruleset(2), and clone(2) with CLONE_PIDFD and SIGCHLD.
+        ("libc.syscall(444, (ctypes.c_uint64 * 1)(1), 8, 0)", &[Kind::Descriptors]),
+        (
+            "p = ctypes.c_int(); n = libc.syscall(56, 0x1011, 0, ctypes.byref(p), 0, 0); n or os._exit(0)",
+            &[Kind::Descriptors, Kind::Children],
+        ),
+        ("os.waitpid(n, 0)", &[Kind::Children]),
         ("fcntl.fcntl(0, fcntl.F_SETFD, 0)", &[Kind::Descriptors]),
         ("os.getppid(); os.read(os.open('/dev/null', 0), 1)", &[Kind::Descriptors]),
         ("a, b = socket.socketpair(); a.setsockopt(1, 2, 1)", &[Kind::Descriptors, Kind::Sockets]),
@@ -235,6 +244,13 @@ fn syscalls_move_the_kinds_that_they_touch_and_no_others() {
     let before = generations(&mut watch, &program);
     program.run("subprocess.run(['true'])");
     assert!(!generations(&mut watch, &program).is_unchanged_since(&before, Kind::Actions), "after vfork");
+    // Whoever has the same descriptors changes them by calls of his own.
+    let before = generations(&mut watch, &program);
+    program.run("n = libc.syscall(56, 0x400 | 17, 0, 0, 0, 0); n or os._exit(0)");
+    program.run("os.waitpid(n, 0)");
+    assert!(generations(&mut watch, &program).is_unchanged_since(&before, Kind::Actions));
+    let before = generations(&mut watch, &program);
+    assert!(!before.is_unchanged_since(&before, Kind::Descriptors), "its descriptors were shared");
     // Nobody looked for a while: nothing is known.
     let before = generations(&mut watch, &program);
     watch.ask(Questions::LIFECYCLE).expect("stop looking");

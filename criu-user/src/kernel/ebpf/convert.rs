@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use criu_common::survey as record;
 use nix::unistd::Pid;
 
-use super::survey::Named;
+use super::survey::{Named, TaskRecords};
 use super::{EbpfResult, EbpfSurvey};
 use crate::kernel::proc::Shown;
 use crate::kernel::survey::{Descriptor, PAGE, VmFlags, Vma, VmaName};
@@ -24,14 +24,21 @@ impl EbpfSurvey {
     /// the address space. `None` where only /proc can tell (a process that sees stacked filesystems), and where there is
     /// no memory left.
     pub fn areas(&mut self, pid: Pid) -> EbpfResult<Option<Vec<Vma>>> {
-        let Some(tasks) = self.tasks_of(pid)? else { return Ok(None) };
-        let Some(mm) = tasks.mm else { return Ok(None) };
+        match self.tasks_of(pid)? {
+            Some(tasks) => self.areas_by(pid, &tasks),
+            None => Ok(None),
+        }
+    }
+
+    /// The same by what is known of its threads and its memory.
+    pub fn areas_by(&mut self, pid: Pid, tasks: &TaskRecords) -> EbpfResult<Option<Vec<Vma>>> {
+        let Some(mm) = &tasks.mm else { return Ok(None) };
         let namespaces = tasks.threads.first().map_or(0, |thread| thread.nsproxy);
         if *self.stacked.entry(namespaces).or_insert_with(|| sees_stacked_filesystem(pid)) {
             return Ok(None);
         }
         let records = self.vmas_of(pid)?;
-        Ok(Some(records.iter().map(|vma| area(vma, &mm)).collect()))
+        Ok(Some(records.iter().map(|vma| area(vma, mm)).collect()))
     }
 
     /// The descriptors of processes, as [`crate::kernel::survey::descriptors_of`] gives them by the names in /proc.

@@ -14,7 +14,7 @@ use crate::agent::copy::Orphans;
 use crate::agent::{AgentError, Batch, Copied, Guest};
 use crate::freeze::FrozenProcess;
 use crate::image::proto::VmaEntry;
-use crate::image::{ImageDir, ImageKind, PageRange, PagesWriter};
+use crate::image::{ImageDir, ImageKind, PageCounts, PagesWriter};
 use crate::kernel::mem::ProcessMemory;
 use crate::kernel::pagemap::{PageKind, PageMap, Query, Region};
 use crate::kernel::survey::{PAGE, VmFlags, Vma};
@@ -23,7 +23,8 @@ use crate::observer::Observer;
 use super::super::ObjectError;
 use super::super::file::Capture;
 use super::area::is_private;
-use super::dump::{CALL_BYTES, IOVECS, Pages, add_write, can_write_itself, check_written, guard, own_pages};
+use super::dump::{CALL_BYTES, IOVECS, Pages, add_write, can_write_itself, check_written, guard, own_pages, range};
+use super::history::{CleanNow, Place};
 
 /// Bytes that are read from outside at once.
 const PIECE: u64 = 4 << 20;
@@ -41,6 +42,8 @@ pub struct Snapshot {
     copy: Copied,
     vmas: Vec<Vma>,
     kept: Kept,
+    /// What the parent image has.
+    clean: CleanNow,
     by_itself: bool,
 }
 
@@ -59,7 +62,9 @@ impl Snapshot {
         let by_itself = can_write_itself(process.pid.as_raw());
         let mut copy = guest.copy(orphans, busy)?;
         give_up_shared(&mut copy, vmas)?;
-        Ok(Self { copy, vmas: vmas.to_vec(), kept, by_itself })
+        // A copy has no marks of what was written.
+        let clean = cx.past.arm(process.pid, &mut PageMap::open(process.shown.by)?, vmas)?;
+        Ok(Self { copy, vmas: vmas.to_vec(), kept, clean, by_itself })
     }
 
     /// The pid of the copy.
@@ -80,7 +85,8 @@ impl Snapshot {
         pages_id: u32,
         guards: &mut Vec<VmaEntry>,
     ) -> Result<Pages, ObjectError> {
-        let Self { mut copy, vmas, kept, by_itself } = self;
+        let Self { mut copy, vmas, kept, clean, by_itself } = self;
+        let mut clean = clean.walk();
         let mut map = PageMap::open(copy.pid())?;
         let image = PagesWriter::create(dir, ImageKind::Pagemap.id(copy.of().as_raw() as u64), pages_id)?;
         let mut scanned = 0;
@@ -104,15 +110,24 @@ impl Snapshot {
             let from_inside =
                 by_itself && vma.flags.contains(VmFlags::READ) && !writer.copy.stands_in(vma.start, vma.end);
             for region in regions {
-                match (is_guard(&region), from_inside) {
-                    (true, _) => guards.push(guard(&region)),
-                    (false, true) => writer.write_from_inside(region, vma)?,
-                    (false, false) => writer.write_from_outside(region)?,
+                if is_guard(&region) {
+                    guards.push(guard(&region));
+                    continue;
+                }
+                let mut parts = Vec::new();
+                clean.divide(region, |part, place| parts.push((part, place)));
+                for (part, place) in parts {
+                    match (place, from_inside) {
+                        (Place::Parent, _) => writer.leave_to_parent(part, vma)?,
+                        (Place::Here, true) => writer.write_from_inside(part, vma)?,
+                        (Place::Here, false) => writer.write_from_outside(part)?,
+                    }
                 }
             }
         }
         writer.flush()?;
-        Ok(Pages { scanned, written: writer.image.finish()?.present, in_parent: 0 })
+        let PageCounts { present: written, in_parent } = writer.image.finish()?;
+        Ok(Pages { scanned, written, in_parent })
     }
 }
 
@@ -220,14 +235,13 @@ struct Piece {
     len: u64,
     /// Start of its area.
     area: u64,
+    place: Place,
 }
 
 impl Writer<'_> {
     /// The place for a region in the image.
     fn place(&mut self, start: u64, len: u64) -> Result<u64, ObjectError> {
-        let range = PageRange::new(start, start + len)
-            .ok_or_else(|| ObjectError::contradiction(format!("pages {start:#x}, {len} bytes")))?;
-        Ok(self.image.append(range)?)
+        Ok(self.image.append(range(start, len)?)?)
     }
 
     /// What was kept of an area.
@@ -264,7 +278,7 @@ impl Writer<'_> {
         let mut start = region.start;
         while start < region.end {
             let len = (region.end - start).min(CALL_BYTES - self.bytes);
-            self.waiting.push(Piece { start, len, area: vma.start });
+            self.waiting.push(Piece { start, len, area: vma.start, place: Place::Here });
             self.bytes += len;
             start += len;
             if self.waiting.len() == IOVECS || self.bytes == CALL_BYTES {
@@ -272,6 +286,13 @@ impl Writer<'_> {
             }
         }
         Ok(())
+    }
+
+    /// What the parent has. It is dropped with what is written before and after it.
+    fn leave_to_parent(&mut self, region: Region, vma: &Vma) -> Result<(), ObjectError> {
+        let (start, len) = (region.start, region.end - region.start);
+        self.waiting.push(Piece { start, len, area: vma.start, place: Place::Parent });
+        if self.waiting.len() == IOVECS { self.flush() } else { Ok(()) }
     }
 
     /// Has the copy write what waits, and drop it.
@@ -282,13 +303,20 @@ impl Writer<'_> {
             return Ok(());
         }
         let offset = self.image.end();
+        let mut vector: Vec<(u64, u64)> = Vec::with_capacity(pieces.len());
         for piece in &pieces {
-            self.place(piece.start, piece.len)?;
+            if piece.place == Place::Here {
+                self.place(piece.start, piece.len)?;
+                vector.push((piece.start, piece.len));
+            } else {
+                self.image.in_parent(range(piece.start, piece.len)?)?;
+            }
         }
-        let fd = self.copy.lend(self.image.pages())?;
         let mut batch = Batch::new();
-        let vector: Vec<(u64, u64)> = pieces.iter().map(|piece| (piece.start, piece.len)).collect();
-        let write = add_write(&mut batch, fd, &vector, offset);
+        let write = match vector.is_empty() {
+            true => None,
+            false => Some(add_write(&mut batch, self.copy.lend(self.image.pages())?, &vector, offset)),
+        };
         // Between the pieces of one area is nothing that is still to be written.
         for pieces in pieces.chunk_by(|a, b| a.area == b.area) {
             let (Some(first), Some(last)) = (pieces.first(), pieces.last()) else { continue };
@@ -300,7 +328,9 @@ impl Writer<'_> {
             AgentError::Gone { .. } => ObjectError::CopyGone { pid: of.as_raw() },
             other => other.into(),
         })?;
-        check_written(outcome.ret(write), bytes, of, self.image.pages_path())?;
+        if let Some(write) = write {
+            check_written(outcome.ret(write), bytes, of, self.image.pages_path())?;
+        }
         self.observer.moved(bytes);
         Ok(())
     }

@@ -127,7 +127,7 @@ pub fn dump_private(
             }
         }
     }
-    if cx.past.arms {
+    if cx.past.arms.contains(&pid) {
         let begin = Instant::now();
         map.fetch_written(&mut Vec::new())?;
         scanning += begin.elapsed();
@@ -256,7 +256,8 @@ pub(super) fn check_written(result: Result<u64, Errno>, bytes: u64, pid: Pid, fi
     }
 }
 
-fn range(start: u64, len: u64) -> Result<PageRange, ObjectError> {
+/// The pages from `start` on.
+pub(super) fn range(start: u64, len: u64) -> Result<PageRange, ObjectError> {
     PageRange::new(start, start + len)
         .ok_or_else(|| ObjectError::contradiction(format!("pages {start:#x}, {len} bytes")))
 }

@@ -4,13 +4,17 @@
 //! written since. In the freeze the page map has the last word: a page that was written after the session's last look, or
 //! whose writes nobody tracked, is no longer clean.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use nix::unistd::Pid;
 
 use crate::image::{ImageDir, ImageError, PageStore};
+use crate::kernel::SysResult;
 use crate::kernel::page_set::PageSet;
-use crate::kernel::pagemap::{PageKind, Region};
+use crate::kernel::pagemap::{PageKind, PageMap, Query, Region};
+use crate::kernel::survey::Vma;
+
+use super::area::is_private;
 
 /// What is known of the processes of a tree.
 #[derive(Debug, Default)]
@@ -43,6 +47,11 @@ impl History {
         self.clean.is_empty()
     }
 
+    /// Forgets all processes but these.
+    pub fn keep(&mut self, mut wanted: impl FnMut(Pid) -> bool) {
+        self.clean.retain(|&pid, _| wanted(Pid::from_raw(pid)));
+    }
+
     /// What is known of one process.
     pub fn of(&self, pid: Pid) -> Clean<'_> {
         Clean { ranges: self.clean.get(&pid.as_raw()).map_or(&[], Vec::as_slice) }
@@ -54,8 +63,8 @@ impl History {
 pub struct Past {
     /// What need not be written.
     pub history: History,
-    /// Whether pages are armed in the freeze, so that what is written from then on is found by the next image.
-    pub arms: bool,
+    /// Processes whose pages are armed in the freeze, so that what is written from then on is found by the next image.
+    pub arms: HashSet<Pid>,
 }
 
 /// Clean pages of one process, walked through from low addresses to high ones.
@@ -73,6 +82,44 @@ pub enum Place {
     Parent,
 }
 
+/// Clean pages of a process at one instant, for whoever comes later.
+#[derive(Debug, Default)]
+pub struct CleanNow(Vec<(u64, u64)>);
+
+impl CleanNow {
+    /// To be walked through.
+    pub fn walk(&self) -> Clean<'_> {
+        Clean { ranges: &self.0 }
+    }
+}
+
+impl Past {
+    /// What the parent has of a process that stands still, by its page map, and arms its pages.
+    pub fn arm(&self, pid: Pid, map: &mut PageMap, vmas: &[Vma]) -> SysResult<CleanNow> {
+        /// Pages that are in no registered area. Those that are, are passed over area by area.
+        const UNTRACKED: Query = Query {
+            all: PageKind::WP_ALLOWED,
+            any: PageKind::PRESENT.union(PageKind::SWAPPED),
+            inverted: PageKind::WP_ALLOWED,
+            report: PageKind::empty(),
+        };
+        if !self.arms.contains(&pid) {
+            return Ok(CleanNow::default());
+        }
+        let mut not_clean = Vec::new();
+        map.fetch_written(&mut not_clean)?;
+        let Some(ranges) = self.history.clean.get(&pid.as_raw()) else { return Ok(CleanNow::default()) };
+        for vma in vmas.iter().filter(|vma| is_private(vma)) {
+            map.scan(vma.start, vma.end, UNTRACKED, &mut not_clean)?;
+        }
+        let (mut clean, mut others) = (PageSet::default(), PageSet::default());
+        ranges.iter().for_each(|&(start, end)| clean.add(start, end));
+        others.add_regions(&not_clean);
+        clean.subtract(&others);
+        Ok(CleanNow(clean.ranges()))
+    }
+}
+
 impl Clean<'_> {
     /// Splits a run of pages, as the page map shows it, by where the data of each is. Runs come in the order of their
     /// addresses.
@@ -82,6 +129,11 @@ impl Clean<'_> {
         if region.categories & tracked == 0 || region.categories & written != 0 {
             return part(region, Place::Here);
         }
+        self.divide(region, part);
+    }
+
+    /// The same where what the page map has to say of the pages is in what is known already.
+    pub fn divide(&mut self, region: Region, mut part: impl FnMut(Region, Place)) {
         let mut at = region.start;
         while at < region.end {
             while self.ranges.first().is_some_and(|range| range.1 <= at) {

@@ -35,6 +35,7 @@ const TOUCH: &[(&[Kind], &[Sysno])] = &[
             accept4,
             open_by_handle_at,
             pidfd_getfd,
+            landlock_create_ruleset,
         ],
     ),
     (&[Descriptors, Watches], &[signalfd, signalfd4]),

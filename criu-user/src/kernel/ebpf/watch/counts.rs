@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use criu_common::watch::{BLOCK_SHIFT, Faults, KINDS, Kind, Process};
+use criu_common::watch::{BLOCK_SHIFT, Faults, KINDS, Kind, Process, SHARED_DESCRIPTORS};
 use nix::unistd::Pid;
 
 /// How often each kind of state of a process was touched, as of one moment.
@@ -21,6 +21,8 @@ pub struct Generations {
     /// What counts for all kinds.
     everything: u64,
     kinds: [u64; KINDS],
+    /// Its descriptors are, or were, also another process's.
+    shared_descriptors: bool,
 }
 
 impl Generations {
@@ -31,6 +33,7 @@ impl Generations {
             session,
             everything: process.everything,
             kinds: process.kinds,
+            shared_descriptors: process.flags & SHARED_DESCRIPTORS != 0,
         }
     }
 
@@ -43,6 +46,10 @@ impl Generations {
     /// watched all the time.
     pub fn is_unchanged_since(&self, earlier: &Self, kind: Kind) -> bool {
         let about = |g: &Self| (g.started, g.images, g.session, g.everything);
+        // Others that share a table of descriptors count for themselves.
+        if kind == Kind::Descriptors && self.shared_descriptors {
+            return false;
+        }
         about(self) == about(earlier) && self.kinds[kind as usize] == earlier.kinds[kind as usize]
     }
 }
