@@ -16,6 +16,7 @@ workload_rows! { "inet.py";
     udp_unbound
     udp_queue
     udplite_queue
+    udp_options
     udp_multicast
 }
 
@@ -26,6 +27,10 @@ rows! {
     mptcp_connection => |row| row
         .with(Options::both(&["--tcp-established"]))
         .refused(&Workload::new("inet.py", "mptcp_established"), "MPTCP");
+
+    mptcp_client => |row| row
+        .with(Options::both(&["--tcp-established"]))
+        .refused(&Workload::new("inet.py", "mptcp_client"), "its server knows TCP only");
 
     mptcp_fallen_back => |row| row
         .with(Options::both(&["--tcp-established"]))

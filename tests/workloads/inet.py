@@ -147,6 +147,18 @@ def mptcp_established():
 
 
 @case
+def mptcp_client():
+    """A client of MPTCP, whose server knows TCP only."""
+    sock = listening()
+    client = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+    client.connect(sock.getsockname())
+    session, _ = sock.accept()
+    yield
+    client.send(b"x")
+    equal(session.recv(10), b"x", "the connection")
+
+
+@case
 def mptcp_fallen_back():
     """A server of MPTCP, whose client knows TCP only."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
@@ -348,6 +360,22 @@ def udplite_queue():
         client.send(b"afterwards")
         for part in [*parts, b"afterwards"]:
             equal(server.recvfrom(2000, socket.MSG_DONTWAIT), (part, client.getsockname()), "a datagram")
+
+
+@case
+def udp_options():
+    """Options of UDP and UDP-Lite alone."""
+    names = 101, 102, 103, 104  # NO_CHECK6_TX, NO_CHECK6_RX, SEGMENT, GRO
+    plain = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    for name, value in zip(names, (1, 1, 1200, 1)):
+        plain.setsockopt(socket.IPPROTO_UDP, name, value)
+    lite = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_UDPLITE) for _ in range(2)]
+    for name, value in ((10, 12), (11, 10)):  # SEND_CSCOV, RECV_CSCOV
+        lite[0].setsockopt(socket.IPPROTO_UDPLITE, name, value)
+    yield
+    equal([plain.getsockopt(socket.IPPROTO_UDP, name) for name in names], [1, 1, 1200, 1], "UDP")
+    coverage = [[sock.getsockopt(socket.IPPROTO_UDPLITE, name) for name in (10, 11)] for sock in lite]
+    equal(coverage, [[12, 10], [0, 0]], "UDP-Lite")
 
 
 @case

@@ -74,6 +74,7 @@ impl FileKind for Inet {
             libc::SOCK_STREAM if is_tcp(&entry) => capture::capture(seen, cx, &mut entry)?,
             libc::SOCK_DGRAM if is_udp(&entry) => {
                 udp::capture(seen, cx, &entry)?;
+                entry.udp_opts = Some(udp::options(&seen.file, entry.proto)?);
                 let v6 = seen.family() == Some(libc::AF_INET6);
                 entry.multicast = Some(multicast::capture(&seen.file, v6, cx.shelf.get::<Groups>())?);
             }
@@ -274,6 +275,9 @@ impl Make {
     fn options(&self, made: &OwnedFd) -> Result<(), ObjectError> {
         let entry = &self.entry;
         let v6 = entry.family as i32 == libc::AF_INET6;
+        if let Some(opts) = entry.udp_opts.as_ref().filter(|_| is_udp(entry)) {
+            udp::restore(made, entry.proto, opts)?;
+        }
         if is_raw(entry) {
             raw::restore(made, entry)?;
         } else if let Some(v6only) = entry.v6only.filter(|_| v6) {

@@ -6,6 +6,8 @@
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 
+use nix::poll::PollFlags;
+
 use super::ObjectError;
 use super::file::{Capture, FileKind, Planner, Seen};
 use super::sockopt::{self, where_there};
@@ -72,6 +74,9 @@ impl FileKind for Packet {
         let entry = state(seen, &diag)?;
         if let Some((what, advice)) = unsupported(&entry, &diag) {
             cx.refuse(seen.refuse(what, advice));
+        }
+        if fd::poll_now(&seen.file, PollFlags::POLLIN)?.contains(PollFlags::POLLIN) {
+            tracing::warn!(pid = seen.pid.as_raw(), fd = seen.fd, "what waits in a packet socket is dropped");
         }
         Ok(FileEntry {
             r#type: FdTypes::Packetsk as i32,

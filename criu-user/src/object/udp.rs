@@ -6,21 +6,54 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use super::ObjectError;
 use super::file::{Capture, Planner, Seen};
+use super::inet::ensure;
 use super::tcp::ends::{Ends, address_of};
 use super::tcp::packet;
 use super::tcp::rebuild::{Pass, Wire};
 use super::unix::queue;
+use super::{ObjectError, sockopt};
 use crate::image::ImageKind;
-use crate::image::proto::{InetSkEntry, SkPacketEntry};
+use crate::image::proto::{InetSkEntry, SkPacketEntry, UdpOptsEntry};
 use crate::kernel::{SysResult, socket, tcp};
 use crate::plan::{Deed, FileRef, Opened, Stage};
 
 /// UDP_CORK of udp(7).
 const UDP_CORK: i32 = 1;
+
+/// Options that are numbers (udp(7), include/uapi/linux/udp.h; the last two UDP-Lite's), and their fields.
+type Number = (i32, fn(&mut UdpOptsEntry) -> &mut Option<u32>);
+const NUMBERS: [Number; 6] = [
+    (101, |o| &mut o.no_check6_tx),
+    (102, |o| &mut o.no_check6_rx),
+    (libc::UDP_SEGMENT, |o| &mut o.segment),
+    (libc::UDP_GRO, |o| &mut o.gro),
+    (10, |o| &mut o.send_coverage),
+    (11, |o| &mut o.receive_coverage),
+];
+
+/// Reads the options that UDP sockets have. Their level has the number of the protocol.
+pub fn options(file: &OwnedFd, protocol: u32) -> Result<UdpOptsEntry, ObjectError> {
+    let mut opts = UdpOptsEntry::default();
+    for (name, field) in NUMBERS {
+        *field(&mut opts) = sockopt::where_there(socket::number(file, protocol as i32, name))?.map(|v| v as u32);
+    }
+    Ok(opts)
+}
+
+/// Gives a new UDP socket its options.
+pub fn restore(made: &OwnedFd, protocol: u32, opts: &UdpOptsEntry) -> SysResult<()> {
+    let mut opts = *opts;
+    for (name, field) in NUMBERS {
+        if let Some(value) = *field(&mut opts) {
+            ensure(made, protocol as i32, name, value as i32)?;
+        }
+    }
+    Ok(())
+}
 
 /// A datagram and what is told of it.
 type Waiting = (SkPacketEntry, Vec<u8>);
