@@ -32,6 +32,10 @@ rows! {
         .with(Options::both(&["--tcp-established"]))
         .refused(&Workload::new("inet.py", "mptcp_client"), "its server knows TCP only");
 
+    mptcp_closed_when_asked => |row| row
+        .with(Options::both(&["--tcp-close"]))
+        .check(&Workload::new("inet.py", "mptcp_closed_by_restore"));
+
     mptcp_fallen_back => |row| row
         .with(Options::both(&["--tcp-established"]))
         .check(&Workload::new("inet.py", "mptcp_fallen_back"));

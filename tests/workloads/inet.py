@@ -159,6 +159,27 @@ def mptcp_client():
 
 
 @case
+def mptcp_closed_by_restore():
+    """A connection of MPTCP that is given up; its listener goes on."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind((V4, 0))
+    sock.listen(7)
+    client = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+    client.connect(sock.getsockname())
+    session, _ = sock.accept()
+    yield
+    for end in (client, session):
+        end.setblocking(False)
+        try:
+            equal(end.recv(10), b"", "the end of file")
+        except OSError:
+            pass
+        equal(end.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL), 262, "SO_PROTOCOL")
+    greeted(sock)
+
+
+@case
 def mptcp_fallen_back():
     """A server of MPTCP, whose client knows TCP only."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
