@@ -66,7 +66,7 @@ fn as_json() {
         "tp_btf",
         "ring_buffer",
         "tcx",
-        "clsact",
+        "nftables",
         "bpffs",
         "uffd_wp_async",
         "uffd_wp_unpopulated",

@@ -9,11 +9,14 @@ workload_rows! { "inet.py";
     tcp_any_address
     tcp_port_shared
     tcp_shared_by_workers
+    mptcp_listening
     tcp_unbound
     udp_sockets
     udp6_sockets
     udp_unbound
     udp_queue
+    udplite_queue
+    udp_options
     udp_multicast
 }
 
@@ -21,7 +24,25 @@ rows! {
     /// A connection is not given up unasked.
     established_unasked => |row| row.refused(&Workload::new("inet.py", "tcp_established"), "tcp-established");
 
+    mptcp_connection => |row| row
+        .with(Options::both(&["--tcp-established"]))
+        .refused(&Workload::new("inet.py", "mptcp_established"), "MPTCP");
+
+    mptcp_client => |row| row
+        .with(Options::both(&["--tcp-established"]))
+        .refused(&Workload::new("inet.py", "mptcp_client"), "its server knows TCP only");
+
+    mptcp_closed_when_asked => |row| row
+        .with(Options::both(&["--tcp-close"]))
+        .check(&Workload::new("inet.py", "mptcp_closed_by_restore"));
+
+    mptcp_fallen_back => |row| row
+        .with(Options::both(&["--tcp-established"]))
+        .check(&Workload::new("inet.py", "mptcp_fallen_back"));
+
     corked_datagram => |row| row.refused(&Workload::new("inet.py", "udp_corked"), "corked");
+
+    datagram_begun => |row| row.refused(&Workload::new("inet.py", "udp_more_to_come"), "MSG_MORE");
 
     closed_when_asked => |row| row
         .with(Options::both(&["--tcp-close"]))

@@ -15,6 +15,7 @@ mod metrics;
 mod net;
 mod pipes;
 mod programs;
+mod raw;
 mod refusals;
 mod registers;
 mod screen;

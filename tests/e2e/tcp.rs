@@ -2,7 +2,17 @@
 //!
 //! `E2E_CYCLES` says how often a stream is moved (5 times if it does not).
 
-use std::{env, fs, io::Write, net::TcpStream, thread::sleep, time::Duration};
+use std::{
+    env,
+    ffi::OsString,
+    fs,
+    io::{ErrorKind, Write},
+    net::TcpStream,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    thread::sleep,
+    time::Duration,
+};
 
 use e2e::{Options, Program, Row, Workload, rows, workload_rows};
 
@@ -90,16 +100,43 @@ pub(crate) fn number(program: &Program, name: &str) -> u64 {
 }
 
 pub(crate) fn kept(row: &Row) -> Row {
-    row.with(Options::both(&["--tcp-established"]))
+    also(row, &["--tcp-established"], &["--tcp-established"])
+}
+
+/// The same with further words for the dump and for the restore.
+fn also(row: &Row, dump: &[&str], restore: &[&str]) -> Row {
+    let mut options = row.options.clone();
+    options.dump.extend(dump.iter().map(OsString::from));
+    options.restore.extend(restore.iter().map(OsString::from));
+    row.with(options)
 }
 
 /// Dumps and restores, and sees to it that no gate is left.
 pub(crate) fn move_once(row: &Row, program: &Program) {
     let images = row.dump(program);
     row.restore(program, &images);
-    let gates = row.restorer.call(&["gate".into(), "list".into()], &images, "gate").expect_success();
+    assert_eq!(gates_of(row, program, &images), [""; 0], "gates are left");
+}
+
+/// What `gate list` prints.
+fn gates(row: &Row, images: &Path) -> String {
+    row.restorer.call(&["gate".into(), "list".into()], images, "gate").expect_success().printed
+}
+
+/// Gates of this program's that are closed.
+fn gates_of(row: &Row, program: &Program, images: &Path) -> Vec<String> {
     let own = format!("{}-", program.pid());
-    assert!(!gates.printed.lines().any(|line| line.starts_with(&own)), "gates are left:\n{}", gates.printed);
+    let listed = gates(row, images);
+    let names = listed.lines().filter(|line| line.starts_with(&own)).filter_map(|line| line.split(' ').next());
+    names.map(str::to_owned).collect()
+}
+
+/// A script that is called at every moment of a dump or restore.
+fn script(program: &Program, text: &str) -> PathBuf {
+    let path = program.file("script");
+    fs::write(&path, format!("#!/bin/sh\n{text}\n")).expect("writing the script");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("chmod");
+    path
 }
 
 fn streams(row: &Row, family: &str) {
@@ -173,20 +210,51 @@ fn in_flight(row: &Row) {
 fn late_client(row: &Row) {
     let mut program = Workload::new("tcp.py", "late_client").start();
     let port = number(&program, "port") as u16;
-    let locking = row.with(Options { dump: vec!["--lock-listeners".into()], ..Options::default() });
-    let images = locking.dump(&program);
+    let images = also(row, &["--lock-listeners"], &[]).dump(&program);
     // Any address of 127/8 is its own.
     let client = std::thread::spawn(move || TcpStream::connect(("127.0.0.5", port)));
     sleep(Duration::from_millis(300));
     assert!(!client.is_finished(), "the client was answered: {:?}", client.join());
-    let listed = row.dumper.call(&["gate".into(), "list".into()], &images, "gate").expect_success().printed;
+    let listed = gates(row, &images);
     assert!(listed.contains(&format!("new clients of 127.0.0.1:{port}  held")), "{listed}");
     row.restore(&program, &images);
     let mut stream = client.join().expect("the client").expect("a connection");
     stream.write_all(b"at last").expect("writing to the program");
     program.finish();
-    let listed = row.dumper.call(&["gate".into(), "list".into()], &images, "gate").expect_success().printed;
+    let listed = gates(row, &images);
     assert!(!listed.contains(&format!(":{port} ")), "the gate is left: {listed}");
+}
+
+/// Whoever clears a gate has those told that nobody is there whom it held; the images are as good as before.
+fn cleared(row: &Row) {
+    let mut program = Workload::new("tcp.py", "late_client").start();
+    let port = number(&program, "port") as u16;
+    let images = also(row, &["--lock-listeners"], &[]).dump(&program);
+    let client = std::thread::spawn(move || TcpStream::connect(("127.0.0.1", port)));
+    sleep(Duration::from_millis(100));
+    for gate in gates_of(row, &program, &images) {
+        row.dumper.call(&["gate".into(), "clear".into(), gate.into()], &images, "gate").expect_success();
+    }
+    let refused = client.join().expect("the client").expect_err("nobody listens");
+    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{refused}");
+    assert_eq!(gates_of(row, &program, &images), [""; 0], "the gate is left");
+    row.restore(&program, &images);
+    TcpStream::connect(("127.0.0.1", port)).expect("a connection").write_all(b"at last").expect("writing");
+    program.finish();
+}
+
+/// A restore that fails leaves the gate closed, and the next one can work.
+fn second_restore(row: &Row) {
+    let row = kept(row);
+    let pair = Pair::start("quiet", "v4", 1);
+    let images = row.dump(&pair.program);
+    let script = script(&pair.program, "[ $CRTOOLS_SCRIPT_ACTION != post-restore ]");
+    let failing = also(&row, &[], &["--action-script", script.to_str().expect("a path")]);
+    row.restorer.restore(&images, &failing.options).expect_refusal("gate");
+    assert_eq!(gates_of(&row, &pair.program, &images).len(), 1, "the gate is open");
+    row.restore(&pair.program, &images);
+    assert_eq!(gates_of(&row, &pair.program, &images), [""; 0], "gates are left");
+    pair.finish();
 }
 
 /// What `criu-ebpf tcp` says of a tree and of its images.
@@ -195,7 +263,7 @@ fn shown(row: &Row) {
     let pair = Pair::start("close_wait", "v4", 1);
     let images = row.next_images(&pair.program);
     fs::create_dir_all(&images).expect("creating a directory");
-    let look = |of: std::ffi::OsString| {
+    let look = |of: OsString| {
         let said = row.dumper.call(&["tcp".into(), "--json".into(), of], &images, "tcp").expect_success().printed;
         let parts = [r#""state":"CloseWait""#, r#""received":15"#, "\"timestamps\",\"sack\"", r#""refused":null"#];
         parts.iter().for_each(|part| assert!(said.contains(part), "no {part} in {said}"));
@@ -253,6 +321,8 @@ rows! {
     request_sent => syn_sent;
     client_in_flight => in_flight;
     client_asks_later => late_client;
+    gate_is_cleared => cleared;
+    restore_that_fails => second_restore;
 
     table => shown;
     urgent_data => |row| refused(row, "urgent", "urgent");
@@ -261,8 +331,6 @@ rows! {
 
 /// The peer is in a network namespace of its own, at the other end of a cable: its address is none of ours.
 mod remote {
-    use std::os::unix::fs::PermissionsExt;
-
     use super::*;
     use crate::net::Network;
 
@@ -286,13 +354,11 @@ mod remote {
     fn interface_during_the_dump() {
         let network = Network::new(7);
         let pair = pair(&network, "quiet", "v4", 1);
-        let script = pair.program.file("script");
         let name = format!("e{}-7x", std::process::id());
         let text = format!(
-            "#!/bin/sh\n[ $CRTOOLS_SCRIPT_ACTION = post-dump ] || exit 0\nip link add {name} type veth peer name {name}p && ip link set {name} up\n"
+            "[ $CRTOOLS_SCRIPT_ACTION = post-dump ] || exit 0\nip link add {name} type veth peer name {name}p && ip link set {name} up"
         );
-        fs::write(&script, text).expect("writing the script");
-        fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).expect("chmod");
+        let script = script(&pair.program, &text);
         let words = vec!["--tcp-established".into(), "--action-script".into(), script.into_os_string()];
         let row = kept(&Row::ours(e2e::Survey::Proc));
         let images = row.with(Options { dump: words, ..Options::default() }).dump(&pair.program);
@@ -359,125 +425,8 @@ mod remote {
     }
 }
 
-/// The engine is killed at random moments: the connection lives on, in the program that was to be dumped or in the one
-/// that a second restore brings back.
-mod killed {
-    use std::{path::Path, time::Instant};
-
-    use e2e::{proc, reaper};
-
-    use super::*;
-    use crate::killed::{Moments, kills, wait_unharmed};
-
-    /// Waits until more of the stream has passed, both ways.
-    fn wait_for_progress(pair: &Pair) {
-        let progress = || fs::read_to_string(pair.program.file("progress")).ok()?.parse::<u64>().ok();
-        let (before, end) = (progress(), Instant::now() + Duration::from_secs(20));
-        while progress() <= before {
-            assert!(Instant::now() < end, "the stream stands still at {before:?}\n{}", said(pair));
-            sleep(Duration::from_millis(5));
-        }
-    }
-
-    fn said(pair: &Pair) -> String {
-        [&pair.program, &pair.peer].map(|p| fs::read_to_string(p.file("out")).unwrap_or_default()).join("peer: ")
-    }
-
-    fn runs(program: &Program) -> bool {
-        proc::stat(program.pid()).is_some_and(|(state, _)| state != 'Z')
-    }
-
-    /// Whether it runs on after its engine was killed. What dies with the engine is told of that before the engine is seen
-    /// to be gone, but may take its time.
-    fn lives_on(program: &Program) -> bool {
-        const SIGKILL: u64 = 1 << (9 - 1);
-        let is_told = || {
-            let status = fs::read_to_string(format!("/proc/{}/status", program.pid())).unwrap_or_default();
-            let pending =
-                status.lines().filter_map(|line| line.strip_prefix("SigPnd:").or(line.strip_prefix("ShdPnd:")));
-            pending.filter_map(|set| u64::from_str_radix(set.trim(), 16).ok()).any(|set| set & SIGKILL != 0)
-        };
-        while runs(program) && is_told() {
-            sleep(Duration::from_millis(1));
-        }
-        sleep(Duration::from_millis(20));
-        reaper::try_reap(program.pid());
-        runs(program)
-    }
-
-    /// Gates of this program's that are closed.
-    fn gates(row: &Row, program: &Program, images: &Path) -> Vec<String> {
-        let listed = row.restorer.call(&["gate".into(), "list".into()], images, "gate").expect_success().printed;
-        let own = format!("{}-", program.pid());
-        let names = listed.lines().filter(|line| line.starts_with(&own)).filter_map(|line| line.split(' ').next());
-        names.map(str::to_owned).collect()
-    }
-
-    fn in_a_dump(row: &Row) {
-        let row = kept(row);
-        let pair = Pair::start("endless", "v4", 1);
-        let images = row.next_images(&pair.program);
-        let whole = row.dumper.dump(&pair.program, &images, &row.options).expect_success().took.mul_f32(1.3);
-        pair.program.expect_gone(&[pair.program.pid()].into());
-        row.restore(&pair.program, &images);
-        let mut moments = Moments::new();
-        let mut restored = 0;
-        for _ in 0..kills() {
-            wait_for_progress(&pair);
-            let images = row.next_images(&pair.program);
-            fs::create_dir_all(&images).expect("creating a directory");
-            let words = row.dumper.dump_words(&pair.program, &images, &row.options);
-            row.dumper.killed_after(&words, moments.within(whole));
-            // What is to be killed by somebody who goes on without the engine may still be.
-            sleep(Duration::from_millis(20));
-            reaper::try_reap(pair.program.pid());
-            if runs(&pair.program) {
-                wait_unharmed(&pair.program);
-                assert_eq!(gates(&row, &pair.program, &images), [""; 0], "the program runs, and its gate is closed");
-            } else {
-                pair.program.expect_gone(&[pair.program.pid()].into());
-                row.restore(&pair.program, &images);
-                restored += 1;
-            }
-        }
-        println!("{restored} of {} dumps were complete", kills());
-        wait_for_progress(&pair);
-        pair.finish();
-    }
-
-    fn in_a_restore(row: &Row) {
-        let row = kept(row);
-        let pair = Pair::start("endless", "v4", 1);
-        let images = row.dump(&pair.program);
-        let whole = row.restore(&pair.program, &images).outcome.took;
-        let mut moments = Moments::new();
-        for kill in 0..kills() {
-            wait_for_progress(&pair);
-            let images = row.dump(&pair.program);
-            let words = row.restorer.restore_words(&images, &row.options);
-            row.restorer.killed_after(&words, moments.within(whole));
-            let (alive, closed) = (lives_on(&pair.program), gates(&row, &pair.program, &images));
-            println!("after kill {kill}: the program {}, gates {closed:?}", if alive { "runs" } else { "is gone" });
-            if alive {
-                // All but the last step was done.
-                for gate in closed {
-                    let words = ["gate".into(), "clear".into(), gate.into()];
-                    row.restorer.call(&words, &images, "gate").expect_success();
-                }
-            } else {
-                pair.program.expect_gone(&[pair.program.pid()].into());
-                row.restore(&pair.program, &images);
-            }
-        }
-        wait_for_progress(&pair);
-        pair.finish();
-    }
-
-    rows! {
-        dump => in_a_dump;
-        restore => in_a_restore;
-    }
-}
+mod killed;
+mod nftables;
 
 /// Images are exchanged with CRIU. Its own lock needs netfilter rules that only it takes away again, so neither engine
 /// locks anything, and the peers are silent meanwhile.

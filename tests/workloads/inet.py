@@ -111,6 +111,92 @@ def tcp_shared_by_workers():
 
 
 @case
+def mptcp_listening():
+    """MPTCP: clients of both kinds get through, and who asks for a connection can still be either."""
+    mptcp = 262
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, mptcp)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind((V4, 0))
+    sock.listen(7)
+    idle = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, mptcp)
+    address = sock.getsockname()
+    yield
+    equal(sock.getsockname(), address, "address")
+    equal([s.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL) for s in (sock, idle)], [mptcp] * 2, "SO_PROTOCOL")
+    for protocol in (socket.IPPROTO_TCP, mptcp):
+        client = socket.socket(socket.AF_INET, socket.SOCK_STREAM, protocol)
+        client.connect(address)
+        session, _ = sock.accept()
+        client.send(b"hello")
+        equal(session.recv(10), b"hello", "what the client said")
+        equal(session.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL), protocol, "SO_PROTOCOL of the connection")
+
+
+@case
+def mptcp_established():
+    """A connection of MPTCP, which says itself what it is made of."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+    sock.bind((V4, 0))
+    sock.listen(7)
+    client = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+    client.connect(sock.getsockname())
+    session, _ = sock.accept()
+    yield
+    client.send(b"x")
+    equal(session.recv(10), b"x", "the connection")
+
+
+@case
+def mptcp_client():
+    """A client of MPTCP, whose server knows TCP only."""
+    sock = listening()
+    client = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+    client.connect(sock.getsockname())
+    session, _ = sock.accept()
+    yield
+    client.send(b"x")
+    equal(session.recv(10), b"x", "the connection")
+
+
+@case
+def mptcp_closed_by_restore():
+    """A connection of MPTCP that is given up; its listener goes on."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind((V4, 0))
+    sock.listen(7)
+    client = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+    client.connect(sock.getsockname())
+    session, _ = sock.accept()
+    yield
+    for end in (client, session):
+        end.setblocking(False)
+        try:
+            equal(end.recv(10), b"", "the end of file")
+        except OSError:
+            pass
+        equal(end.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL), 262, "SO_PROTOCOL")
+    greeted(sock)
+
+
+@case
+def mptcp_fallen_back():
+    """A server of MPTCP, whose client knows TCP only."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+    sock.bind((V4, 0))
+    sock.listen(7)
+    client = socket.create_connection(sock.getsockname())
+    session, _ = sock.accept()
+    client.send(b"before")
+    yield
+    equal(session.recv(10), b"before", "what waited")
+    client.send(b"x")
+    equal(session.recv(10), b"x", "the connection")
+    session.send(b"y")
+    equal(client.recv(10), b"y", "the answer")
+
+
+@case
 def tcp_unbound():
     """Sockets that are nothing yet, and one that is only bound."""
     plain, bound = socket.socket(), socket.socket()
@@ -274,6 +360,53 @@ def udp_queue():
             check(False, "a datagram too many")
         except BlockingIOError:
             pass
+
+
+@case
+def udplite_queue():
+    """The same for UDP-Lite."""
+    pairs = []
+    for family, address in ((socket.AF_INET, V4), (socket.AF_INET6, V6)):
+        server = socket.socket(family, socket.SOCK_DGRAM, socket.IPPROTO_UDPLITE)
+        server.bind((address, 0))
+        client = socket.socket(family, socket.SOCK_DGRAM, socket.IPPROTO_UDPLITE)
+        client.connect(server.getsockname())
+        pairs.append((server, client))
+    parts = [b"first", b"x" * 1001, b"last"]
+    for _, client in pairs:
+        for part in parts:
+            client.send(part)
+    yield
+    for server, client in pairs:
+        client.send(b"afterwards")
+        for part in [*parts, b"afterwards"]:
+            equal(server.recvfrom(2000, socket.MSG_DONTWAIT), (part, client.getsockname()), "a datagram")
+
+
+@case
+def udp_options():
+    """Options of UDP and UDP-Lite alone."""
+    names = 101, 102, 103, 104  # NO_CHECK6_TX, NO_CHECK6_RX, SEGMENT, GRO
+    plain = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    for name, value in zip(names, (1, 1, 1200, 1)):
+        plain.setsockopt(socket.IPPROTO_UDP, name, value)
+    lite = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_UDPLITE) for _ in range(2)]
+    for name, value in ((10, 12), (11, 10)):  # SEND_CSCOV, RECV_CSCOV
+        lite[0].setsockopt(socket.IPPROTO_UDPLITE, name, value)
+    yield
+    equal([plain.getsockopt(socket.IPPROTO_UDP, name) for name in names], [1, 1, 1200, 1], "UDP")
+    coverage = [[sock.getsockopt(socket.IPPROTO_UDPLITE, name) for name in (10, 11)] for sock in lite]
+    equal(coverage, [[12, 10], [0, 0]], "UDP-Lite")
+
+
+@case
+def udp_more_to_come():
+    """Half a datagram, by MSG_MORE."""
+    server, client = udp(socket.AF_INET, V4)
+    client.send(b"one ", socket.MSG_MORE)
+    yield
+    client.send(b"two")
+    equal(server.recv(100), b"one two", "the datagram")
 
 
 @case

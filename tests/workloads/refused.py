@@ -11,6 +11,7 @@ import struct
 from lib import case, check, equal, libc, main
 
 SYS_PERF_EVENT_OPEN = 298
+SOL_PACKET, PACKET_RX_RING = 263, 5
 SYS_FANOTIFY_INIT = 300
 SYS_BPF = 321
 SYS_USERFAULTFD = 323
@@ -76,6 +77,7 @@ def everything():
     faults, counter, array, context = user_fault(), perf(), bpf_map(), aio()
     fuse = os.open("/dev/fuse", os.O_RDWR)
     packets = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+    packets.setsockopt(SOL_PACKET, PACKET_RX_RING, struct.pack("4I", 4096, 1, 2048, 2))
     watcher = call(SYS_FANOTIFY_INIT, 0, os.O_RDONLY)
     _one, other = pidfd_on_its_way()
     child = os.fork()

@@ -27,7 +27,7 @@ const fn unused(name: &'static str, ask: fn() -> Answer, why: &'static str) -> F
 
 const NAMESPACES: &str = "trees in namespaces of their own are refused";
 const TUN: &str = "open TUN devices are refused";
-const NO_IPTABLES: &str = "this engine holds connections by eBPF, without packet filter rules";
+const NO_IPTABLES: &str = "this engine holds connections by eBPF, or by nf_tables";
 
 /// The features that can be asked for.
 pub static FEATURES: &[Feature] = &[
@@ -59,12 +59,12 @@ pub static FEATURES: &[Feature] = &[
     used("external_net_ns", external_network),
     used("clone3_set_tid", process::clone3_set_tid),
     unused("newifindex", network::new_link_index, NAMESPACES),
-    unused("nftables", network::nftables, NO_IPTABLES),
+    used("nftables", network::nftables),
     unused("has_ipt_legacy", network::iptables_legacy, NO_IPTABLES),
     used("pidfd_store", pidfd_store),
     used("ns_pid", process::ns_pid),
     unused("apparmor_stacking", apparmor_stacking, "AppArmor profiles are not restored"),
-    unused("network_lock_nftables", network::nftables, NO_IPTABLES),
+    used("network_lock_nftables", network::nftables),
     used("sockopt_buf_lock", socket::buffer_lock),
     used("memfd_hugetlb", memory::memfd_hugetlb),
     unused("move_mount_set_group", mount::set_group, NAMESPACES),

@@ -96,9 +96,8 @@ probes! {
             "build with CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS";
         "ring_buffer" ebpf::ring_buffer, "get records from eBPF programs", Less("maps that are read at intervals"),
             "use Linux 5.8 or later";
-        "tcx" ebpf::tcx, "hold the packets of connections", Same("clsact"), "use Linux 6.6 or later with CONFIG_NET_XGRESS";
-        "clsact" ebpf::clsact, "hold the packets of connections", Same("tcx"),
-            "build with CONFIG_NET_SCH_INGRESS and CONFIG_NET_CLS_BPF";
+        "tcx" ebpf::tcx, "hold the packets of connections", Less("--network-lock nftables"),
+            "use Linux 6.6 or later with CONFIG_NET_XGRESS";
         "bpffs" ebpf::file_system, "let programs outlive a command", NO_TCP, "build with CONFIG_BPF_SYSCALL; run as root";
     }
     "sockets" {
@@ -110,6 +109,8 @@ probes! {
         "inet_diag_udp" network::inet_diag::<17>, "UDP sockets", Same("socket options"), "build with CONFIG_INET_UDP_DIAG";
         "inet_diag_raw" network::inet_diag::<255>, "raw sockets", Less("programs without raw sockets"),
             "build with CONFIG_INET_RAW_DIAG";
+        "nftables" network::nftables, "hold the packets of connections where eBPF cannot (--network-lock nftables)",
+            Same("tcx"), "build with CONFIG_NF_TABLES and CONFIG_NF_TABLES_INET; run with cap_net_admin";
         "tcp_repair" socket::tcp_repair, "read and rebuild TCP connections", NO_TCP,
             "build with CONFIG_CHECKPOINT_RESTORE; run with cap_net_admin";
         "raw_sockets" socket::raw, "rebuild half-closed TCP connections", NO_TCP, "run with cap_net_raw and cap_net_admin";

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use crate::dump::DumpError;
 use crate::image::ImageError;
 use crate::kernel::SysError;
-use crate::kernel::ebpf::EbpfError;
+use crate::kernel::gate::GateError;
 use crate::metrics::textfile::TextfileError;
 use crate::object::ObjectError;
 use crate::predump::PreDumpError;
@@ -51,7 +51,7 @@ pub(super) enum CliError {
     Sys(#[from] SysError),
     /// The gates cannot be seen to.
     #[error(transparent)]
-    Ebpf(#[from] EbpfError),
+    Gate(#[from] GateError),
     /// There is no file of metrics.
     #[error(transparent)]
     Textfile(#[from] TextfileError),

@@ -8,8 +8,7 @@ use serde::Serialize;
 
 use super::error::CliError;
 use super::{Outcome, say};
-use crate::kernel::ebpf::Gate;
-use crate::kernel::ebpf::gate::{Pinned, pinned};
+use crate::kernel::gate::{Gate, Pinned, pinned};
 use crate::object::tcp::Ends;
 
 #[derive(Debug, Args)]
@@ -107,12 +106,7 @@ fn clear(names: &[String], older_than: Duration) -> Outcome {
     }
     let wanted = |gate: &&Pinned| (names.is_empty() || names.contains(&gate.name)) && gate.age >= older_than;
     for gate in all.iter().filter(wanted) {
-        if let Some(found) = Gate::find(&gate.name)? {
-            found.unlock()?;
-            found.remove()?;
-        } else {
-            gate.discard()?;
-        }
+        gate.clear()?;
         say(format_args!("{} is open", gate.name));
     }
     Ok(ExitCode::SUCCESS)

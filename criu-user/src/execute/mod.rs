@@ -24,8 +24,8 @@ use layout::Layout;
 
 use crate::agent::{AgentError, Crew, Member};
 use crate::kernel::clone;
-use crate::kernel::ebpf::Gate;
 use crate::kernel::error::During;
+use crate::kernel::gate::Gate;
 use crate::kernel::ptrace::{self, Stop};
 use crate::object::{ObjectError, clocks};
 use crate::observer::{Moment, Observer, tell};

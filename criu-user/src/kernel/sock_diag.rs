@@ -3,7 +3,7 @@
 //!
 //! The netlink crates know no more of these messages than is needed here, and would be four crates more.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
@@ -34,25 +34,41 @@ pub(super) fn ask(
     kind: u16,
     flags: u16,
     request: &[u8],
-    mut each: impl FnMut(&[u8]) -> Option<()>,
+    each: impl FnMut(&[u8]) -> Option<()>,
 ) -> SysResult<()> {
     let netlink = socket::new(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_SOCK_DIAG)?;
+    ask_by(netlink.as_fd(), ("sock_diag", family), kind, flags, request, each)
+}
+
+/// The same by a socket of any netlink protocol; `call` says for a reader what is done, on what.
+pub(super) fn ask_by(
+    netlink: BorrowedFd<'_>,
+    call: (&'static str, &'static str),
+    kind: u16,
+    flags: u16,
+    request: &[u8],
+    mut each: impl FnMut(&[u8]) -> Option<()>,
+) -> SysResult<()> {
     let mut message = Vec::with_capacity(HEADER + request.len());
     message.extend_from_slice(&((HEADER + request.len()) as u32).to_le_bytes());
     message.extend_from_slice(&kind.to_le_bytes());
     message.extend_from_slice(&(NLM_F_REQUEST | flags).to_le_bytes());
     message.extend_from_slice(&[0; 8]);
     message.extend_from_slice(request);
-    socket::send(&netlink, &message, &Extra::default())?;
-    while receive(family, &netlink, &mut each)? {}
+    socket::send(netlink, &message, &Extra::default())?;
+    while receive(call, netlink, &mut each)? {}
     Ok(())
 }
 
 /// Takes one piece of an answer; whether there is more.
-fn receive(family: &'static str, netlink: &OwnedFd, each: &mut impl FnMut(&[u8]) -> Option<()>) -> SysResult<bool> {
-    let malformed = || SysError::new("sock_diag", family, Errno::EBADMSG);
+fn receive(
+    (call, on): (&'static str, &'static str),
+    netlink: BorrowedFd<'_>,
+    each: &mut impl FnMut(&[u8]) -> Option<()>,
+) -> SysResult<bool> {
+    let malformed = || SysError::new(call, on, Errno::EBADMSG);
     let mut piece = vec![0; ROOM];
-    let len = recv(netlink.as_raw_fd(), &mut piece, MsgFlags::empty()).during("recv", "sock_diag")?;
+    let len = recv(netlink.as_raw_fd(), &mut piece, MsgFlags::empty()).during("recv", call)?;
     let mut rest = &piece[..len];
     while rest.len() >= HEADER {
         let (len, kind) = (u32_at(rest, 0) as usize, u16_at(rest, 4));
@@ -62,7 +78,7 @@ fn receive(family: &'static str, netlink: &OwnedFd, each: &mut impl FnMut(&[u8])
             NLMSG_ERROR => {
                 return match message.get(..4).map_or(0, |_| u32_at(message, 0) as i32) {
                     0 => Ok(false),
-                    errno => Err(SysError::new("sock_diag", family, Errno::from_raw(-errno))),
+                    errno => Err(SysError::new(call, on, Errno::from_raw(-errno))),
                 };
             }
             _ => each(message).ok_or_else(malformed)?,

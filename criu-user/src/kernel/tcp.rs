@@ -146,6 +146,11 @@ pub fn queued(fd: impl AsFd) -> SysResult<u32> {
     Ok(readable_bytes(fd)? as u32 + tcp_unacknowledged(fd)? as u32)
 }
 
+/// Bytes of memory that a datagram socket has taken for what it has not sent yet: SIOCOUTQ.
+pub fn unsent_memory(fd: impl AsFd) -> SysResult<u32> {
+    Ok(tcp_unacknowledged(fd.as_fd())? as u32)
+}
+
 /// `struct tcp_repair_window`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Window {

@@ -486,6 +486,7 @@ fn fown_of(entry: &FileEntry) -> Option<&FownEntry> {
         .or(entry.pipe.as_ref().map(|e| &e.fown))
         .or(entry.usk.as_ref().map(|e| &e.fown))
         .or(entry.isk.as_ref().map(|e| &e.fown))
+        .or(entry.psk.as_ref().map(|e| &e.fown))
         .or(entry.efd.as_ref().map(|e| &e.fown))
         .or(entry.epfd.as_ref().map(|e| &e.fown))
         .or(entry.sgfd.as_ref().map(|e| &e.fown))
@@ -501,6 +502,7 @@ fn flags_of(entry: &FileEntry) -> u32 {
         .or(entry.pipe.as_ref().map(|e| e.flags))
         .or(entry.usk.as_ref().map(|e| e.flags))
         .or(entry.isk.as_ref().map(|e| e.flags))
+        .or(entry.psk.as_ref().map(|e| e.flags))
         .or(entry.tty.as_ref().map(|e| e.flags))
         .unwrap_or(0)
 }

@@ -22,11 +22,21 @@ const V6_SWITCHES: [IpSwitch; 2] = [
     (libc::SOL_IPV6, IPV6_FREEBIND, |o| &mut o.freebind),
     (libc::SOL_IPV6, libc::IPV6_RECVPKTINFO, |o| &mut o.pktinfo),
 ];
-const V4_NUMBERS: [IpNumber; 2] =
-    [(libc::SOL_IP, libc::IP_TOS, |o| &mut o.tos), (libc::SOL_IP, libc::IP_TTL, |o| &mut o.ttl)];
-const V6_NUMBERS: [IpNumber; 2] = [
+const V4_NUMBERS: [IpNumber; 6] = [
+    (libc::SOL_IP, libc::IP_TOS, |o| &mut o.tos),
+    (libc::SOL_IP, libc::IP_TTL, |o| &mut o.ttl),
+    (libc::SOL_IP, libc::IP_RECVERR, |o| &mut o.receive_errors),
+    (libc::SOL_IP, libc::IP_RECVTTL, |o| &mut o.receive_ttl),
+    (libc::SOL_IP, libc::IP_RECVTOS, |o| &mut o.receive_tos),
+    (libc::SOL_IP, libc::IP_MTU_DISCOVER, |o| &mut o.mtu_discover),
+];
+const V6_NUMBERS: [IpNumber; 6] = [
     (libc::SOL_IPV6, libc::IPV6_TCLASS, |o| &mut o.traffic_class),
     (libc::SOL_IPV6, libc::IPV6_UNICAST_HOPS, |o| &mut o.hops),
+    (libc::SOL_IPV6, libc::IPV6_RECVERR, |o| &mut o.receive_errors6),
+    (libc::SOL_IPV6, libc::IPV6_RECVHOPLIMIT, |o| &mut o.receive_hops),
+    (libc::SOL_IPV6, libc::IPV6_RECVTCLASS, |o| &mut o.receive_traffic_class),
+    (libc::SOL_IPV6, libc::IPV6_MTU_DISCOVER, |o| &mut o.mtu_discover6),
 ];
 
 /// Reads the options of IP.
@@ -76,7 +86,7 @@ impl Fresh {
         }
         let new = socket::new(entry.family as i32, entry.r#type as i32, entry.proto as i32)?;
         let v6 = entry.family as i32 == libc::AF_INET6;
-        let tcp = if super::inet::is_tcp(entry.proto) { options::capture(&new)? } else { TcpOptsEntry::default() };
+        let tcp = if super::inet::is_tcp(entry) { options::capture(&new)? } else { TcpOptsEntry::default() };
         let found = Options { socket: sockopt::capture(&new)?, ip: ip_options(&new, v6)?, tcp };
         Ok(self.options.get_or_init(|| found))
     }
@@ -96,7 +106,7 @@ impl Fresh {
                 socket::set_number(made, libc::SOL_SOCKET, libc::SO_PRIORITY, priority as i32)?;
             }
         }
-        if super::inet::is_tcp(entry.proto) {
+        if super::inet::is_tcp(entry) {
             options::restore(made, options::of(entry), fresh.tcp.clone())?;
         }
         Ok(())

@@ -1,4 +1,4 @@
-//! Internet sockets: TCP and UDP.
+//! Internet sockets: TCP, UDP, and raw ones (see [`super::raw`]).
 //!
 //! A TCP connection is kept (`--tcp-established`, see [`super::tcp`]), or given up (`--tcp-close`): then it comes back as a
 //! closed socket. What waits in a UDP socket is kept as well, see [`super::udp`].
@@ -14,7 +14,7 @@ use super::sockopt::{self, state};
 use super::tcp::ends::sockaddr;
 use super::tcp::revive::Revival;
 use super::tcp::{Ends, Hold, capture};
-use super::udp;
+use super::{raw, udp};
 use crate::image::proto::{FdTypes, FileEntry, InetSkEntry};
 use crate::kernel::{SysResult, fd, socket};
 use crate::plan::{Apart, Deed, FileRef, Opened, Opener, Stage};
@@ -28,12 +28,21 @@ type Failure = Box<dyn std::error::Error + Send + Sync>;
 /// Of include/uapi/linux/in.h.
 pub(super) const IPPROTO_MPTCP: i32 = 262;
 
-pub(super) fn is_tcp(protocol: u32) -> bool {
-    [libc::IPPROTO_TCP, IPPROTO_MPTCP].contains(&(protocol as i32))
+pub(super) fn is_tcp(entry: &InetSkEntry) -> bool {
+    entry.r#type as i32 == libc::SOCK_STREAM && [libc::IPPROTO_TCP, IPPROTO_MPTCP].contains(&(entry.proto as i32))
+}
+
+fn is_udp(entry: &InetSkEntry) -> bool {
+    entry.r#type as i32 == libc::SOCK_DGRAM
+        && [libc::IPPROTO_UDP, libc::IPPROTO_UDPLITE].contains(&(entry.proto as i32))
+}
+
+fn is_raw(entry: &InetSkEntry) -> bool {
+    entry.r#type as i32 == libc::SOCK_RAW
 }
 
 pub(super) fn is_connection(entry: &InetSkEntry) -> bool {
-    is_tcp(entry.proto) && ![state::LISTEN, state::CLOSE].contains(&entry.state)
+    is_tcp(entry) && ![state::LISTEN, state::CLOSE].contains(&entry.state)
 }
 
 impl FileKind for Inet {
@@ -62,15 +71,21 @@ impl FileKind for Inet {
         };
         addresses(&seen.file, &mut entry)?;
         match entry.r#type as i32 {
-            libc::SOCK_STREAM if is_tcp(entry.proto) => capture::capture(seen, cx, &mut entry)?,
-            libc::SOCK_DGRAM if [libc::IPPROTO_UDP, libc::IPPROTO_UDPLITE].contains(&(entry.proto as i32)) => {
+            libc::SOCK_STREAM if is_tcp(&entry) => capture::capture(seen, cx, &mut entry)?,
+            libc::SOCK_DGRAM if is_udp(&entry) => {
                 udp::capture(seen, cx, &entry)?;
+                entry.udp_opts = Some(udp::options(&seen.file, entry.proto)?);
+                let v6 = seen.family() == Some(libc::AF_INET6);
+                entry.multicast = Some(multicast::capture(&seen.file, v6, cx.shelf.get::<Groups>())?);
+            }
+            libc::SOCK_RAW => {
+                raw::capture(seen, cx, &mut entry)?;
                 let v6 = seen.family() == Some(libc::AF_INET6);
                 entry.multicast = Some(multicast::capture(&seen.file, v6, cx.shelf.get::<Groups>())?);
             }
             other => cx.refuse(seen.refuse(
                 format!("internet socket of type {other} and protocol {}", entry.proto),
-                "close it before the dump: TCP and UDP can be dumped",
+                "close it before the dump: TCP, UDP and raw sockets can be dumped",
             )),
         }
         Ok(FileEntry {
@@ -100,7 +115,7 @@ impl FileKind for Inet {
         if isk.src_addr.len() < words || isk.dst_addr.len() < words {
             return Err(ObjectError::contradiction(format!("socket {} has no whole address", isk.ino)));
         }
-        let kept = is_tcp(isk.proto) && isk.state != state::LISTEN && !cx.options.tcp_close;
+        let kept = is_tcp(isk) && isk.state != state::LISTEN && !cx.options.tcp_close;
         let revival = if kept { Revival::read(isk, scope(isk), cx)?.map(Arc::new) } else { None };
         if kept && is_connection(isk) && (revival.is_none() || !cx.options.tcp_established) {
             return Err(ObjectError::Unsupported {
@@ -114,7 +129,7 @@ impl FileKind for Inet {
             Some(revival) => revival.plan(file, cx),
             None => cx.plan.after(Stage::Groups, Reuse { file, address: isk.opts.reuseaddr(), flags: isk.flags }),
         }
-        if isk.proto as i32 == libc::IPPROTO_UDP {
+        if is_udp(isk) {
             udp::plan(isk, scope(isk), file, cx)?;
         }
         Ok(file)
@@ -201,7 +216,10 @@ impl Opener for Make {
             _ if is_connection(entry) => "closed, was on",
             _ => "on",
         };
-        let kind = if is_tcp(entry.proto) { "TCP" } else { "UDP" };
+        if is_raw(entry) {
+            return format!("a raw socket of protocol {}", entry.proto);
+        }
+        let kind = if is_tcp(entry) { "TCP" } else { "UDP" };
         format!("a {kind} socket {what} port {}", entry.src_port)
     }
 
@@ -228,7 +246,12 @@ impl Apart for Make {
             return Ok(made);
         }
         let scope = scope(entry);
-        if entry.src_port != 0 {
+        // Raw sockets tell their protocol for a port.
+        let [bound, connected] = match is_raw(entry) {
+            true => [entry.src_addr.iter().any(|&word| word != 0), entry.state == state::ESTABLISHED],
+            false => [entry.src_port != 0, entry.dst_port != 0 && !is_tcp(entry)],
+        };
+        if bound {
             socket::bind(&made, &address(entry.family, &entry.src_addr, entry.src_port, scope))?;
         }
         if let Some(multicast) = &entry.multicast {
@@ -237,10 +260,10 @@ impl Apart for Make {
         if entry.state == state::LISTEN {
             socket::listen(&made, entry.backlog)?;
         }
-        if entry.dst_port != 0 && !is_tcp(entry.proto) {
+        if connected {
             socket::connect(&made, &address(entry.family, &entry.dst_addr, entry.dst_port, scope))?;
         }
-        if let Some(how) = sockopt::shutdown_how(entry.shutdown()).filter(|_| !is_tcp(entry.proto)) {
+        if let Some(how) = sockopt::shutdown_how(entry.shutdown()).filter(|_| !is_tcp(entry)) {
             socket::shutdown(&made, how)?;
         }
         Ok(made)
@@ -252,13 +275,18 @@ impl Make {
     fn options(&self, made: &OwnedFd) -> Result<(), ObjectError> {
         let entry = &self.entry;
         let v6 = entry.family as i32 == libc::AF_INET6;
-        if let Some(v6only) = entry.v6only.filter(|_| v6) {
+        if let Some(opts) = entry.udp_opts.as_ref().filter(|_| is_udp(entry)) {
+            udp::restore(made, entry.proto, opts)?;
+        }
+        if is_raw(entry) {
+            raw::restore(made, entry)?;
+        } else if let Some(v6only) = entry.v6only.filter(|_| v6) {
             socket::set_number(made, libc::SOL_IPV6, libc::IPV6_V6ONLY, v6only.into())?;
         }
         // Connections of earlier days may linger on the port of a TCP socket; its own value comes later. Repair mode, in
         // which connections are made, means the same.
         let kept = self.revival.is_some();
-        if !kept && (is_tcp(entry.proto) || entry.opts.reuseaddr()) {
+        if !kept && (is_tcp(entry) || entry.opts.reuseaddr()) {
             socket::set_number(made, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
         }
         if entry.opts.so_reuseport() {

@@ -23,7 +23,9 @@ pub mod memory;
 pub mod multicast;
 pub mod netlink;
 pub mod outside;
+pub mod packet;
 pub mod pipe;
+pub mod raw;
 pub mod regfile;
 pub mod registers;
 pub mod seccomp;
@@ -65,6 +67,7 @@ pub const KINDS: &[&dyn file::FileKind] = &[
     &unix::Unix,
     &inet::Inet,
     &netlink::Netlink,
+    &packet::Packet,
     // Terminals.
     &tty::Tty,
 ];

@@ -48,14 +48,19 @@ const V6_NUMBERS: [Number; 3] = [
 #[derive(Debug, Default)]
 pub struct Groups(Option<Vec<Group>>);
 
-/// Reads what a datagram socket has of multicast.
+/// Reads what a datagram or raw socket has of multicast.
 pub fn capture(file: &OwnedFd, v6: bool, groups: &mut Groups) -> Result<MulticastEntry, ObjectError> {
     let mut entry = MulticastEntry::default();
     for (level, name, field) in V4_NUMBERS.into_iter().chain(v6.then_some(V6_NUMBERS).into_iter().flatten()) {
         *field(&mut entry) = sockopt::where_there(socket::number(file, level, name))?.map(|value| value as u32);
     }
-    let by = socket::option(file, libc::SOL_IP, libc::IP_MULTICAST_IF, 4)?;
-    entry.interface = by.first_chunk().map(|address| u32::from_le_bytes(*address)).filter(|&address| address != 0);
+    // Raw sockets of IPv6 have no options of IPv4.
+    let by = sockopt::where_there(socket::option(file, libc::SOL_IP, libc::IP_MULTICAST_IF, 4))?;
+    entry.interface = by
+        .unwrap_or_default()
+        .first_chunk()
+        .map(|address| u32::from_le_bytes(*address))
+        .filter(|&address| address != 0);
     if v6 {
         let index = socket::number(file, libc::SOL_IPV6, libc::IPV6_MULTICAST_IF)?;
         entry.interface6 = interfaces::name_of(index as u32).map(String::into_bytes);
@@ -76,7 +81,7 @@ fn membership(file: &OwnedFd, group: &Group) -> Result<Option<MembershipEntry>, 
     loop {
         let asked = filter(group.index, group.address, EXCLUDE, room as u32, &[]);
         let told = match socket::option_about(file, level(group.address), MCAST_MSFILTER, asked) {
-            Err(e) if e.errno == Errno::EADDRNOTAVAIL => return Ok(None),
+            Err(e) if [Errno::EADDRNOTAVAIL, Errno::ENOPROTOOPT].contains(&e.errno) => return Ok(None),
             other => other?,
         };
         let word = |at: usize| told.get(at..at + 4).map_or(0, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));

@@ -180,9 +180,11 @@ pub fn restore_buffers(fd: impl AsFd, opts: &SkOptsEntry) -> SysResult<()> {
     // The kernel doubles what it is given.
     set_number(fd, SOL, libc::SO_SNDBUFFORCE, (opts.so_sndbuf / 2) as i32)?;
     set_number(fd, SOL, libc::SO_RCVBUFFORCE, (opts.so_rcvbuf / 2) as i32)?;
-    match opts.so_buf_lock {
-        Some(locks) => set_number(fd, SOL, SO_BUF_LOCK, (locks & BUF_LOCK_MASK) as i32),
-        None => Ok(()),
+    let Some(locks) = opts.so_buf_lock else { return Ok(()) };
+    match set_number(fd, SOL, SO_BUF_LOCK, (locks & BUF_LOCK_MASK) as i32) {
+        // MPTCP only tells it.
+        Err(err) if err.errno == nix::errno::Errno::EOPNOTSUPP => Ok(()),
+        other => other,
     }
 }
 

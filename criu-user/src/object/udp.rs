@@ -1,25 +1,59 @@
-//! What waits in UDP sockets: looked at, never taken, at dump; delivered again at restore, by packets of our own making
-//! from the address that each came from, with the mark.
+//! What waits in UDP and UDP-Lite sockets: looked at, never taken, at dump; delivered again at restore, by packets of our
+//! own making from the address that each came from, with the mark.
 //!
 //! CRIU's images have no place for it, so it is in a file of ours, and dropped where that is not there: as the network
 //! might have done.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::time::Duration;
 
-use super::ObjectError;
 use super::file::{Capture, Planner, Seen};
+use super::inet::ensure;
 use super::tcp::ends::{Ends, address_of};
 use super::tcp::packet;
 use super::tcp::rebuild::{Pass, Wire};
 use super::unix::queue;
+use super::{ObjectError, sockopt};
 use crate::image::ImageKind;
-use crate::image::proto::{InetSkEntry, SkPacketEntry};
-use crate::kernel::socket;
+use crate::image::proto::{InetSkEntry, SkPacketEntry, UdpOptsEntry};
+use crate::kernel::{SysResult, socket, tcp};
 use crate::plan::{Deed, FileRef, Opened, Stage};
 
 /// UDP_CORK of udp(7).
 const UDP_CORK: i32 = 1;
+
+/// Options that are numbers (udp(7), include/uapi/linux/udp.h; the last two UDP-Lite's), and their fields.
+type Number = (i32, fn(&mut UdpOptsEntry) -> &mut Option<u32>);
+const NUMBERS: [Number; 6] = [
+    (101, |o| &mut o.no_check6_tx),
+    (102, |o| &mut o.no_check6_rx),
+    (libc::UDP_SEGMENT, |o| &mut o.segment),
+    (libc::UDP_GRO, |o| &mut o.gro),
+    (10, |o| &mut o.send_coverage),
+    (11, |o| &mut o.receive_coverage),
+];
+
+/// Reads the options that UDP sockets have. Their level has the number of the protocol.
+pub fn options(file: &OwnedFd, protocol: u32) -> Result<UdpOptsEntry, ObjectError> {
+    let mut opts = UdpOptsEntry::default();
+    for (name, field) in NUMBERS {
+        *field(&mut opts) = sockopt::where_there(socket::number(file, protocol as i32, name))?.map(|v| v as u32);
+    }
+    Ok(opts)
+}
+
+/// Gives a new UDP socket its options.
+pub fn restore(made: &OwnedFd, protocol: u32, opts: &UdpOptsEntry) -> SysResult<()> {
+    let mut opts = *opts;
+    for (name, field) in NUMBERS {
+        if let Some(value) = *field(&mut opts) {
+            ensure(made, protocol as i32, name, value as i32)?;
+        }
+    }
+    Ok(())
+}
 
 /// A datagram and what is told of it.
 type Waiting = (SkPacketEntry, Vec<u8>);
@@ -30,12 +64,12 @@ struct Found(Vec<Waiting>);
 
 /// Looks at what waits in a socket.
 pub fn capture(seen: &Seen, cx: &mut Capture<'_>, entry: &InetSkEntry) -> Result<(), ObjectError> {
-    if entry.proto as i32 != libc::IPPROTO_UDP {
-        return Ok(());
-    }
-    if socket::number(&seen.file, libc::SOL_UDP, UDP_CORK)? != 0 {
+    // The level of UDP-Lite's options has its number as well.
+    let corked = socket::number(&seen.file, entry.proto as i32, UDP_CORK)? != 0;
+    if corked || gathers(seen)? {
+        let how = if corked { "is corked" } else { "has something to send (MSG_MORE)" };
         cx.refuse(seen.refuse(
-            format!("UDP socket on port {} is corked: what it has gathered so far cannot be read", entry.src_port),
+            format!("UDP socket on port {} {how}: what it has gathered so far cannot be read", entry.src_port),
             "dump when the program has sent it",
         ));
     }
@@ -49,6 +83,19 @@ pub fn capture(seen: &Seen, cx: &mut Capture<'_>, entry: &InetSkEntry) -> Result
         cx.shelf.get::<Found>().0.push((message, packet.data));
     }
     Ok(())
+}
+
+/// Whether the socket keeps something that it has not sent. What is on its way through an interface counts as well, but
+/// not for long.
+fn gathers(seen: &Seen) -> SysResult<bool> {
+    const LOOKS: u32 = 10;
+    for _ in 0..LOOKS {
+        if tcp::unsent_memory(&seen.file)? == 0 {
+            return Ok(false);
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(true)
 }
 
 /// Writes what was found.
@@ -83,7 +130,8 @@ pub fn plan(entry: &InetSkEntry, scope: u32, file: FileRef, cx: &mut Planner<'_>
     }
     let waiting = cx.shelf.get::<Read>().0.as_mut().and_then(|all| all.remove(&entry.id));
     if let Some(waiting) = waiting {
-        cx.plan.after(Stage::Groups, Deliver { file, to: Ends::of(entry, scope).local, waiting });
+        let protocol = entry.proto as i32;
+        cx.plan.after(Stage::Groups, Deliver { file, protocol, to: Ends::of(entry, scope).local, waiting });
     }
     Ok(())
 }
@@ -92,6 +140,7 @@ pub fn plan(entry: &InetSkEntry, scope: u32, file: FileRef, cx: &mut Planner<'_>
 #[derive(Debug)]
 struct Deliver {
     file: FileRef,
+    protocol: i32,
     to: SocketAddr,
     waiting: Vec<Waiting>,
 }
@@ -106,7 +155,11 @@ impl Deed for Deliver {
         for (message, data) in &self.waiting {
             let from = message.sender_name.as_deref().and_then(address_of).ok_or("a datagram without a sender")?;
             let ends = Ends { local: from, remote: reachable(self.to, from) }.on_the_wire();
-            wire.send(&packet::datagram(&ends, data)?, ends.remote, Pass::Marked)?;
+            let packet = match self.protocol {
+                libc::IPPROTO_UDPLITE => packet::lite_datagram(&ends, data)?,
+                _ => packet::datagram(&ends, data)?,
+            };
+            wire.send(&packet, ends.remote, Pass::Marked)?;
         }
         Ok(())
     }

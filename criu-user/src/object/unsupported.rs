@@ -61,7 +61,6 @@ pub fn is_secret_memory(seen: &Seen) -> bool {
 
 /// Families of sockets that have no kind of their own, by the numbers of socket(2).
 const FAMILIES: &[(i32, &str, &str)] = &[
-    (libc::AF_PACKET, "a packet socket", "end the capture (tcpdump, a DHCP client) before the dump"),
     (libc::AF_VSOCK, "a socket to a virtual machine or its host", CLOSE),
     (libc::AF_ALG, "a socket of the kernel's cryptography", CLOSE),
     (libc::AF_CAN, "a CAN socket", CLOSE),
@@ -88,7 +87,6 @@ pub const ADVICE: &str = CLOSE;
 
 /// Families by the beginnings of the names of their protocols in the kernel (`struct proto`).
 const PROTOCOLS: &[(&str, i32)] = &[
-    ("PACKET", libc::AF_PACKET),
     ("AF_VSOCK", libc::AF_VSOCK),
     ("ALG", libc::AF_ALG),
     ("CAN", libc::AF_CAN),

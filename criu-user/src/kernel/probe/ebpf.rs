@@ -9,10 +9,9 @@ use aya_obj::generated::{bpf_attach_type as attach, bpf_cmd as cmd, bpf_map_type
 use nix::sched::CloneFlags;
 use nix::unistd::Pid;
 
-use super::netlink::{ACK, CREATE, Message, Netlink, REQUEST, attribute};
 use super::{Absent, Answer, apart_in, network};
 use crate::kernel::ebpf::{EbpfError, EbpfSurvey, bpf, btf};
-use crate::kernel::{SysResult, scratch};
+use crate::kernel::scratch;
 
 /// Whose probe's fault it is, for [`EbpfError::Call`].
 fn failed(on: &str) -> impl FnOnce((&'static str, std::io::Error)) -> EbpfError {
@@ -124,49 +123,6 @@ pub fn tcx() -> Answer {
         unsafe { bpf::call(command, &attribute).map(|fd| bpf::owned(fd)) }.map_err(failed("tcx on lo"))?;
         Ok(String::new())
     })
-}
-
-/// A classifier attached by a clsact queueing discipline, likewise.
-pub fn clsact() -> Answer {
-    apart_in(CloneFlags::CLONE_NEWNET, || {
-        let program = load(kind::BPF_PROG_TYPE_SCHED_CLS, 0, 0)?;
-        attach_by_clsact(&program)?;
-        Ok(String::new())
-    })
-}
-
-/// tc(8)'s `qdisc add dev lo clsact; filter add dev lo ingress bpf direct-action fd …`.
-fn attach_by_clsact(program: &OwnedFd) -> SysResult<()> {
-    const RTM_NEWQDISC: u16 = 36;
-    const RTM_NEWTFILTER: u16 = 44;
-    const TC_H_CLSACT: u32 = 0xffff_fff1;
-    const INGRESS: u32 = 0xffff_fff2;
-    const HANDLE: u32 = 0xffff_0000;
-    /// Priority 1, ETH_P_ALL in network order.
-    const INFO: u32 = 1 << 16 | 0x0300;
-    const KIND: u16 = 1;
-    const OPTIONS: u16 = 2;
-    /// TCA_BPF_FD, TCA_BPF_NAME, TCA_BPF_FLAGS with TCA_BPF_FLAG_ACT_DIRECT.
-    const FD: u16 = 6;
-    const NAME: u16 = 7;
-    const FLAGS: u16 = 8;
-    // struct tcmsg: family, interface, handle, parent, info.
-    let fixed = |handle: u32, parent: u32, info: u32| -> Vec<u8> {
-        [0, network::LO, handle, parent, info].iter().flat_map(|word| word.to_ne_bytes()).collect()
-    };
-    let netlink = Netlink::open(libc::NETLINK_ROUTE)?;
-    let flags = REQUEST | ACK | CREATE;
-    let qdisc = Message::new(RTM_NEWQDISC, flags, &fixed(HANDLE, TC_H_CLSACT, 0)).with(KIND, b"clsact\0");
-    netlink.ask("RTM_NEWQDISC clsact", &qdisc.bytes())?;
-    let options = [
-        attribute(FD, &program.as_raw_fd().to_ne_bytes()),
-        attribute(NAME, b"criu-ebpf-check\0"),
-        attribute(FLAGS, &1u32.to_ne_bytes()),
-    ];
-    let filter = Message::new(RTM_NEWTFILTER, flags, &fixed(0, INGRESS, INFO))
-        .with(KIND, b"bpf\0")
-        .with(OPTIONS, &options.concat());
-    netlink.ask("RTM_NEWTFILTER bpf", &filter.bytes()).map(drop)
 }
 
 /// bpffs: something is pinned in one that is mounted nowhere and goes with its descriptor.

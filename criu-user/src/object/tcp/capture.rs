@@ -114,7 +114,12 @@ pub fn unsupported(
     diag: Option<TcpSocket>,
 ) -> Result<Option<&'static str>, ObjectError> {
     if entry.proto as i32 == IPPROTO_MPTCP {
-        return Ok(Some("is made of several (MPTCP), whose keys the kernel keeps to itself"));
+        /// SOL_MPTCP and MPTCP_INFO, which a connection does not have that goes on as plain TCP.
+        const INFO: (i32, i32) = (284, 1);
+        return Ok(Some(match socket::option(file, INFO.0, INFO.1, 256) {
+            Ok(_) => "is made of several (MPTCP), whose keys the kernel keeps to itself",
+            Err(_) => "was to be MPTCP, but its server knows TCP only: the kernel shows nobody its numbers",
+        }));
     }
     if diag.is_some_and(|socket| socket.signed) {
         return Ok(Some("has its packets signed (TCP MD5), and the kernel keeps the keys to itself"));

@@ -24,7 +24,7 @@ use crate::freeze::Frozen;
 use crate::image::proto::{InetSkEntry, InventoryEntry, TcpStreamEntry};
 use crate::image::{ImageDir, ImageKind};
 use crate::kernel::apart;
-use crate::kernel::ebpf::Gate;
+use crate::kernel::gate::Gate;
 use crate::kernel::sched::be_urgent;
 use crate::kernel::tcp::{Repair, set_repair};
 use crate::object::ObjectError;
@@ -77,9 +77,7 @@ impl Hold {
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
         let gate = lock.gate()?;
-        if gate.is_some() {
-            Gate::check_place()?;
-        }
+        gate.iter().try_for_each(Gate::check_place)?;
         Ok(Self { lock, gate, name: format!("{pid}-{now:x}"), ..Self::default() })
     }
 

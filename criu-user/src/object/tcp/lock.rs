@@ -3,8 +3,8 @@
 use criu_common::gate::Connection;
 
 use super::Ends;
-use crate::kernel::ebpf::{EbpfError, EbpfResult, Gate};
-use crate::kernel::interfaces;
+use crate::kernel::gate::{Gate, GateError, GateResult};
+use crate::kernel::{ebpf, interfaces, nftables};
 use crate::plan::Connections;
 
 /// How packets of connections are held while there is no socket for them.
@@ -13,7 +13,7 @@ pub enum NetworkLock {
     /// By an eBPF program at every interface
     #[default]
     Ebpf,
-    /// By netfilter rules (not available)
+    /// By netfilter rules, where eBPF is not to be had
     Nftables,
     /// Not at all: the caller keeps the network away
     Skip,
@@ -24,14 +24,9 @@ pub enum NetworkLock {
 pub enum LockError {
     /// The gate failed.
     #[error(
-        "cannot hold the packets of connections: {0}; where eBPF is not to be had, keep the network away by other means and give --network-lock skip"
+        "cannot hold the packets of connections: {0}; give --network-lock nftables where eBPF is not to be had, or keep the network away by other means and give --network-lock skip"
     )]
-    Gate(#[from] EbpfError),
-    /// There is no such lock.
-    #[error(
-        "this engine has no --network-lock nftables; ebpf needs no netfilter rules, and skip leaves it to you to keep the network away"
-    )]
-    NoNftables,
+    Gate(#[from] GateError),
     /// The gate does not stand where packets may have come through.
     #[error(
         "the interface {interface} came up after the dump, and packets of the connection {ends} may have come through it while nobody held them: its peer may have given it up. --network-lock skip restores it all the same"
@@ -61,8 +56,8 @@ impl NetworkLock {
     /// A gate, where this lock has one, through which everything passes as yet.
     pub fn gate(self) -> Result<Option<Gate>, LockError> {
         match self {
-            Self::Ebpf => Ok(Some(Gate::new()?)),
-            Self::Nftables => Err(LockError::NoNftables),
+            Self::Ebpf => Ok(Some(Gate::Ebpf(ebpf::Gate::new().map_err(GateError::from)?))),
+            Self::Nftables => Ok(Some(Gate::Nftables(nftables::Gate::new().map_err(GateError::from)?))),
             Self::Skip => Ok(None),
         }
     }
@@ -75,7 +70,7 @@ impl NetworkLock {
             return Ok(left);
         }
         match left {
-            Some(gate) => {
+            Some(mut gate) => {
                 if self != Self::Skip {
                     refuse_leaks(&gate, &connections.locked)?;
                 }
@@ -83,8 +78,8 @@ impl NetworkLock {
                 Ok(Some(gate))
             }
             None => {
-                let gate = self.gate()?;
-                gate.iter().try_for_each(|gate| gate.lock(&connections.locked))?;
+                let mut gate = self.gate()?;
+                gate.iter_mut().try_for_each(|gate| gate.lock(&connections.locked))?;
                 Ok(gate)
             }
         }
@@ -97,7 +92,7 @@ fn refuse_leaks(gate: &Gate, connections: &[Connection]) -> Result<(), LockError
     if late.is_empty() {
         return Ok(());
     }
-    let addresses = interfaces::named_addresses().map_err(|e| EbpfError::Interfaces { source: e.errno.into() })?;
+    let addresses = interfaces::named_addresses().map_err(GateError::from)?;
     for ends in connections.iter().map(|&connection| Ends::from(connection)) {
         let at = addresses.iter().find(|(name, address)| late.contains(name) && *address == ends.local.ip());
         if let Some((interface, _)) = at {
@@ -108,7 +103,7 @@ fn refuse_leaks(gate: &Gate, connections: &[Connection]) -> Result<(), LockError
 }
 
 /// What a gate does not hold yet: entering a connection twice would set its counts back.
-fn missing(gate: &Gate, wanted: &[Connection]) -> EbpfResult<Vec<Connection>> {
+fn missing(gate: &Gate, wanted: &[Connection]) -> GateResult<Vec<Connection>> {
     let held: std::collections::HashSet<Connection> = gate.connections()?.into_iter().map(|(key, _)| key).collect();
     Ok(wanted.iter().filter(|key| !held.contains(key)).copied().collect())
 }

@@ -3,7 +3,8 @@
 
 use std::net::SocketAddr;
 
-use etherparse::{IpHeaders, PacketBuilder, PacketBuilderStep};
+use etherparse::checksum::Sum16BitWords;
+use etherparse::{IpHeaders, IpNumber, PacketBuilder, PacketBuilderStep};
 
 use super::course::{Flag, Segment};
 use super::ends::Ends;
@@ -32,6 +33,30 @@ pub fn datagram(ends: &Ends, data: &[u8]) -> Result<Vec<u8>, TcpError> {
     let udp = ip(&ends)?.udp(ends.local.port(), ends.remote.port());
     let mut bytes = Vec::with_capacity(udp.size(data.len()));
     udp.write(&mut bytes, data).map_err(|e| failed(&ends, e.to_string()))?;
+    Ok(bytes)
+}
+
+/// The same for UDP-Lite (RFC 3828), with a checksum of all of it.
+pub fn lite_datagram(ends: &Ends, data: &[u8]) -> Result<Vec<u8>, TcpError> {
+    let ends = ends.on_the_wire();
+    /// Everything is covered.
+    const COVERAGE: [u8; 2] = [0; 2];
+    let [from, to] = [ends.local, ends.remote].map(|end| end.port().to_be_bytes());
+    let mut payload = [from, to, COVERAGE, [0; 2]].concat();
+    payload.extend_from_slice(data);
+    let mut sum = Sum16BitWords::new();
+    for end in [ends.local, ends.remote] {
+        sum = match end {
+            SocketAddr::V4(v4) => sum.add_4bytes(v4.ip().octets()),
+            SocketAddr::V6(v6) => sum.add_16bytes(v6.ip().octets()),
+        };
+    }
+    sum = sum.add_4bytes((payload.len() as u32).to_be_bytes()).add_2bytes([0, libc::IPPROTO_UDPLITE as u8]);
+    let checksum = sum.add_slice(&payload).to_ones_complement_with_no_zero();
+    payload[6..8].copy_from_slice(&checksum.to_ne_bytes());
+    let ip = ip(&ends)?;
+    let mut bytes = Vec::with_capacity(ip.size(payload.len()));
+    ip.write(&mut bytes, IpNumber(libc::IPPROTO_UDPLITE as u8), &payload).map_err(|e| failed(&ends, e.to_string()))?;
     Ok(bytes)
 }
 

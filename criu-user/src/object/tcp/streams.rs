@@ -20,7 +20,7 @@ pub struct Streams(Option<HashMap<u32, Stream>>);
 pub fn of(entry: &InetSkEntry, cx: &mut Planner<'_>) -> Stream {
     if cx.shelf.get::<Streams>().0.is_none() {
         let sockets = cx.files.values().filter_map(|file| file.isk.as_ref());
-        let wanted = sockets.filter(|isk| is_tcp(isk.proto) && isk.state != state::LISTEN);
+        let wanted = sockets.filter(|isk| is_tcp(isk) && isk.state != state::LISTEN);
         let inodes: Vec<u32> = wanted.map(|isk| isk.ino).collect();
         let dir = cx.dir;
         let read = parallel::share(&inodes, |part| part.iter().map(|&ino| (ino, read(dir, ino))).collect::<Vec<_>>());

@@ -67,7 +67,8 @@ pub fn of_tree(root: Pid) -> Result<Vec<Row>, ObjectError> {
 fn is_tcp(file: &OwnedFd) -> bool {
     let is = |protocol| [libc::IPPROTO_TCP, IPPROTO_MPTCP].contains(&protocol);
     let internet = sockopt::family(file).is_some_and(|family| [libc::AF_INET, libc::AF_INET6].contains(&family));
-    internet && socket::number(file, libc::SOL_SOCKET, libc::SO_PROTOCOL).is_ok_and(is)
+    let number = |name| socket::number(file, libc::SOL_SOCKET, name);
+    internet && number(libc::SO_PROTOCOL).is_ok_and(is) && number(libc::SO_TYPE).is_ok_and(|t| t == libc::SOCK_STREAM)
 }
 
 fn of_socket(

@@ -1,0 +1,109 @@
+//! The engine is killed at random moments: the connection lives on, in the program that was to be dumped or in the one
+//! that a second restore brings back.
+
+use std::time::Instant;
+
+use e2e::{proc, reaper};
+
+use super::*;
+use crate::killed::{Moments, kills, wait_unharmed};
+
+/// Waits until more of the stream has passed, both ways.
+fn wait_for_progress(pair: &Pair) {
+    let progress = || fs::read_to_string(pair.program.file("progress")).ok()?.parse::<u64>().ok();
+    let (before, end) = (progress(), Instant::now() + Duration::from_secs(20));
+    while progress() <= before {
+        assert!(Instant::now() < end, "the stream stands still at {before:?}\n{}", said(pair));
+        sleep(Duration::from_millis(5));
+    }
+}
+
+fn said(pair: &Pair) -> String {
+    [&pair.program, &pair.peer].map(|p| fs::read_to_string(p.file("out")).unwrap_or_default()).join("peer: ")
+}
+
+fn runs(program: &Program) -> bool {
+    proc::stat(program.pid()).is_some_and(|(state, _)| state != 'Z')
+}
+
+/// Whether it runs on after its engine was killed. What dies with the engine is told of that before the engine is seen
+/// to be gone, but may take its time.
+fn lives_on(program: &Program) -> bool {
+    const SIGKILL: u64 = 1 << (9 - 1);
+    let is_told = || {
+        let status = fs::read_to_string(format!("/proc/{}/status", program.pid())).unwrap_or_default();
+        let pending = status.lines().filter_map(|line| line.strip_prefix("SigPnd:").or(line.strip_prefix("ShdPnd:")));
+        pending.filter_map(|set| u64::from_str_radix(set.trim(), 16).ok()).any(|set| set & SIGKILL != 0)
+    };
+    while runs(program) && is_told() {
+        sleep(Duration::from_millis(1));
+    }
+    sleep(Duration::from_millis(20));
+    reaper::try_reap(program.pid());
+    runs(program)
+}
+
+pub(super) fn in_a_dump(row: &Row) {
+    let row = kept(row);
+    let pair = Pair::start("endless", "v4", 1);
+    let images = row.next_images(&pair.program);
+    let whole = row.dumper.dump(&pair.program, &images, &row.options).expect_success().took.mul_f32(1.3);
+    pair.program.expect_gone(&[pair.program.pid()].into());
+    row.restore(&pair.program, &images);
+    let mut moments = Moments::new();
+    let mut restored = 0;
+    for _ in 0..kills() {
+        wait_for_progress(&pair);
+        let images = row.next_images(&pair.program);
+        fs::create_dir_all(&images).expect("creating a directory");
+        let words = row.dumper.dump_words(&pair.program, &images, &row.options);
+        row.dumper.killed_after(&words, moments.within(whole));
+        // What is to be killed by somebody who goes on without the engine may still be.
+        sleep(Duration::from_millis(20));
+        reaper::try_reap(pair.program.pid());
+        if runs(&pair.program) {
+            wait_unharmed(&pair.program);
+            assert_eq!(gates_of(&row, &pair.program, &images), [""; 0], "the program runs, and its gate is closed");
+        } else {
+            pair.program.expect_gone(&[pair.program.pid()].into());
+            row.restore(&pair.program, &images);
+            restored += 1;
+        }
+    }
+    println!("{restored} of {} dumps were complete", kills());
+    wait_for_progress(&pair);
+    pair.finish();
+}
+
+pub(super) fn in_a_restore(row: &Row) {
+    let row = kept(row);
+    let pair = Pair::start("endless", "v4", 1);
+    let images = row.dump(&pair.program);
+    let whole = row.restore(&pair.program, &images).outcome.took;
+    let mut moments = Moments::new();
+    for kill in 0..kills() {
+        wait_for_progress(&pair);
+        let images = row.dump(&pair.program);
+        let words = row.restorer.restore_words(&images, &row.options);
+        row.restorer.killed_after(&words, moments.within(whole));
+        let (alive, closed) = (lives_on(&pair.program), gates_of(&row, &pair.program, &images));
+        println!("after kill {kill}: the program {}, gates {closed:?}", if alive { "runs" } else { "is gone" });
+        if alive {
+            // All but the last step was done.
+            for gate in closed {
+                let words = ["gate".into(), "clear".into(), gate.into()];
+                row.restorer.call(&words, &images, "gate").expect_success();
+            }
+        } else {
+            pair.program.expect_gone(&[pair.program.pid()].into());
+            row.restore(&pair.program, &images);
+        }
+    }
+    wait_for_progress(&pair);
+    pair.finish();
+}
+
+rows! {
+    dump => in_a_dump;
+    restore => in_a_restore;
+}
