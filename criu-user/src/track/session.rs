@@ -193,6 +193,9 @@ impl Session {
             }
         });
         let end = end.await;
+        // Connections close when `serving` is dropped. Who waits for that finds nothing of ours in the tree any more.
+        self.shared.tree.borrow_mut().processes.clear();
+        self.shared.witness.replace(Witness::absent("the session has ended"));
         tracing::info!(?end, "the session ends");
         Ok(end)
     }
