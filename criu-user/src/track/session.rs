@@ -193,7 +193,10 @@ impl Session {
             }
         });
         let end = end.await;
-        // Connections close when `serving` is dropped. Who waits for that finds nothing of ours in the tree any more.
+        // Connections close when `serving` is dropped. Who waits for that finds nothing of ours any more, neither in the tree
+        // nor in the way of the next session.
+        drop(self.socket);
+        drop(self.listener);
         self.shared.tree.borrow_mut().processes.clear();
         self.shared.witness.replace(Witness::absent("the session has ended"));
         tracing::info!(?end, "the session ends");

@@ -163,8 +163,8 @@ impl Contender {
 /// (Documentation/mm/free_page_reporting.rst). Without it chance decides which engine gets pages that the host has taken
 /// back.
 pub fn touch_memory(bytes: u64) {
-    const LEAST: u64 = 384 << 20;
-    let bytes = (2 * bytes).max(LEAST);
+    const MORE: u64 = 384 << 20;
+    let bytes = bytes + MORE;
     let name = PathBuf::from(format!("/dev/shm/xtask-bench-{}", std::process::id()));
     let write = || -> std::io::Result<()> {
         let mut file = fs::File::create(&name)?;
