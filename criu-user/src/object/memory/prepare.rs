@@ -1,9 +1,9 @@
 //! Room for pages that is made before the tree stands still.
 //!
 //! To write a page into a new file is mostly work on the file: finding a page of memory for it, and a place on the
-//! disk. Where the file is as long as it will be and in memory already, writing it is a copy, in a half to a third of the time
-//! (and in a tenth in a virtual machine whose host has taken the free memory back). So files without a name are filled
-//! with zeros while the tree runs, and get their names in the freeze.
+//! disk (in a virtual machine the host's work too, if it has taken free memory back). Where the file is as long as it will
+//! be and in memory already, writing it is a copy. So files without a name are filled with zeros while the tree runs, and
+//! get their names in the freeze.
 //!
 //! It is more work all in all, so it is done only where the tree runs on after the dump and the time that it stands
 //! still is what counts.
