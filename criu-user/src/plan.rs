@@ -17,6 +17,8 @@ use crate::kernel::fill::Piece;
 pub enum Why {
     /// As it stands.
     Text(Cow<'static, str>),
+    /// Something with a number.
+    Number(&'static str, u64),
     /// Something at an address.
     At(&'static str, u64),
     /// Something between two addresses.
@@ -27,6 +29,7 @@ impl fmt::Display for Why {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Why::Text(text) => f.write_str(text),
+            Why::Number(what, number) => write!(f, "{what} {number}"),
             Why::At(what, start) => write!(f, "{what} {start:#x}"),
             Why::Range(what, start, end) => write!(f, "{what} {start:#x}-{end:#x}"),
         }
@@ -370,6 +373,11 @@ pub trait Opener: fmt::Debug {
     /// Bytes of memory that are filled meanwhile.
     fn memory(&self) -> u64 {
         0
+    }
+
+    /// Whether it is there only for tasks to fill their memory from: each has its own, and needs nobody else's.
+    fn only_fills(&self) -> bool {
+        false
     }
 
     /// The same by any thread, for one that needs no other file.

@@ -1,6 +1,6 @@
 //! A restore: images become a [`Plan`], the plan is carried out by a crew.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -14,6 +14,7 @@ use crate::image::proto::{
     CoreEntry, FileEntry, FsEntry, MmEntry, PstreeEntry, RestoreStatsEntry, StatsEntry, TaskKobjIdsEntry, TimensEntry,
 };
 use crate::image::{ImageDir, ImageError, ImageKind, TaskState, references};
+use crate::kernel::parallel;
 use crate::kernel::root::Root;
 use crate::object::cgroup::{Manage, NewRoot};
 use crate::object::file::{Planner, Shelf, read_table};
@@ -133,8 +134,15 @@ pub fn restore(options: &RestoreOptions, observer: &dyn Observer) -> Result<Summ
     if let Err(objection) = tell(observer, Moment::PostResume, Some(pid)) {
         warn!(pid = summary.pid, "{objection}; the tree runs all the same");
     }
+    if summary.calls > MANY_CALLS {
+        // It takes as long to free them as to make some hundred processes, and a detached restore has ended by then.
+        std::thread::spawn(move || drop(plan.tasks));
+    }
     Ok(summary)
 }
+
+/// So many calls are worth a thread that frees them.
+const MANY_CALLS: usize = 5000;
 
 /// Everything that belongs to one live process.
 struct ProcessImages {
@@ -201,19 +209,26 @@ fn timens_id(processes: &[ProcessImages]) -> u64 {
     processes.first().and_then(|p| p.ids.time_ns_id).unwrap_or(0).into()
 }
 
+/// Reads the images of many tasks, shared out among our processors.
+fn read_each<T: Sync, R: Send>(
+    items: &[T],
+    read: impl Fn(&T) -> Result<R, RestoreError> + Sync,
+) -> Result<Vec<R>, RestoreError> {
+    let parts = parallel::share(items, |part| part.iter().map(&read).collect::<Result<Vec<R>, _>>());
+    Ok(parts.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect())
+}
+
 fn read_cores(dir: &ImageDir, entries: &[PstreeEntry]) -> Result<HashMap<i32, CoreEntry>, RestoreError> {
-    let mut cores = HashMap::new();
-    for entry in entries {
-        for &tid in references::threads(entry) {
-            if let std::collections::hash_map::Entry::Vacant(slot) = cores.entry(tid as i32) {
-                let name = ImageKind::Core.id(tid.into());
-                let core: CoreEntry = dir.read_one(name)?;
-                references::core(&dir.path_of(name), &core, tid == entry.pid)?;
-                slot.insert(core);
-            }
-        }
-    }
-    Ok(cores)
+    let threads = entries.iter().flat_map(|entry| references::threads(entry).iter().map(|&tid| (tid, tid == entry.pid)));
+    let mut seen = HashSet::new();
+    let threads: Vec<(u32, bool)> = threads.filter(|(tid, _)| seen.insert(*tid)).collect();
+    let cores = read_each(&threads, |&(tid, leads)| {
+        let name = ImageKind::Core.id(tid.into());
+        let core: CoreEntry = dir.read_one(name)?;
+        references::core(&dir.path_of(name), &core, leads)?;
+        Ok((tid as i32, core))
+    })?;
+    Ok(cores.into_iter().collect())
 }
 
 fn read_processes(
@@ -221,25 +236,26 @@ fn read_processes(
     entries: &[PstreeEntry],
     cores: &HashMap<i32, CoreEntry>,
 ) -> Result<Vec<ProcessImages>, RestoreError> {
-    let mut processes = Vec::new();
-    for entry in entries {
-        let core = &cores[&(entry.pid as i32)];
-        if TaskState::is_gone(core) {
-            continue;
-        }
+    let core = |entry: &PstreeEntry| &cores[&(entry.pid as i32)];
+    let alive: Vec<&PstreeEntry> = entries.iter().filter(|entry| !TaskState::is_gone(core(entry))).collect();
+    let read = read_each(&alive, |entry| {
         let pid = u64::from(entry.pid);
-        processes.push(ProcessImages {
-            entry: entry.clone(),
-            core: core.clone(),
-            mm: Rc::new(dir.read_one(ImageKind::Mm.id(pid))?),
-            fs: dir.read_one(ImageKind::Fs.id(pid))?,
-            ids: match &core.ids {
-                Some(ids) => *ids,
-                None => dir.read_one(ImageKind::Ids.id(pid))?,
-            },
-        });
-    }
-    Ok(processes)
+        let mm: MmEntry = dir.read_one(ImageKind::Mm.id(pid))?;
+        let fs: FsEntry = dir.read_one(ImageKind::Fs.id(pid))?;
+        let ids = match &core(entry).ids {
+            Some(ids) => *ids,
+            None => dir.read_one(ImageKind::Ids.id(pid))?,
+        };
+        Ok((mm, fs, ids))
+    })?;
+    let images = |(entry, (mm, fs, ids)): (&PstreeEntry, (MmEntry, FsEntry, TaskKobjIdsEntry))| ProcessImages {
+        entry: entry.clone(),
+        core: core(entry).clone(),
+        mm: Rc::new(mm),
+        fs,
+        ids,
+    };
+    Ok(alive.into_iter().zip(read).map(images).collect())
 }
 
 fn plan_process(

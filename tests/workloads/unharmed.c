@@ -87,7 +87,18 @@ static void *futexes(void *unused)
 	while (!stop) {
 		long start = milliseconds();
 		struct timespec nap = { 0, 25000000 };
-		CHECK(syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, 0, &nap, NULL, 0) == -1 && errno == ETIMEDOUT, "futex: %m");
+		/* By hand, to see what the registers of the call are after it. */
+		register long limit asm("r10") = (long)&nap;
+		register long second asm("r8") = 0;
+		register long third asm("r9") = 0;
+		long result = SYS_futex, address = (long)&word, operation = FUTEX_WAIT_PRIVATE, expected = 0;
+		asm volatile("syscall"
+			     : "+a"(result), "+D"(address), "+S"(operation), "+d"(expected), "+r"(limit), "+r"(second), "+r"(third)
+			     :
+			     : "rcx", "r11", "memory");
+		long r10 = limit, r8 = second, r9 = third;
+		CHECK(result == -ETIMEDOUT, "futex: %ld after %ld ms; %#lx of %p, %ld, %ld, %#lx of %p, %ld, %ld", result, milliseconds() - start,
+		      address, (void *)&word, operation, expected, r10, (void *)&nap, r8, r9);
 		CHECK(milliseconds() - start >= 24, "futex of 25 ms took %ld", milliseconds() - start);
 		turns[3]++;
 	}

@@ -3,6 +3,7 @@
 //! The target's seccomp filters are suspended while its tracer lives. A guest whose engine was killed makes its last
 //! calls under them: one that does not pass kills the program, or leaves it without its signal mask.
 
+use super::guest::{AREA, THREAD_AREA};
 use crate::kernel::seccomp_bpf::{Call, Filter, Verdict, verdict};
 
 /// A call of the guest's code, and the hardest verdict with which the way home still ends well.
@@ -21,13 +22,15 @@ const STEPS: &[Step] = &[
     step("rt_sigprocmask", libc::SYS_rt_sigprocmask, [2, 0, 0, 8, 0, 0], Verdict::Allowed),
     step("memfd_create", libc::SYS_memfd_create, [0, 1, 0, 0, 0, 0], Verdict::Fails),
     step("ftruncate", libc::SYS_ftruncate, [0; 6], Verdict::Fails),
-    step("mmap", libc::SYS_mmap, [0, super::guest::AREA as u64, 3, 1, 0, 0], Verdict::Fails),
+    step("mmap", libc::SYS_mmap, [0, AREA as u64, 3, 1, 0, 0], Verdict::Fails),
     step("socketpair", libc::SYS_socketpair, [1, 0x80005, 0, 0, 0, 0], Verdict::Fails),
     step("read", libc::SYS_read, [0, 0, 16, 0, 0, 0], Verdict::Fails),
     step("sendto", libc::SYS_sendto, [0, 0, 16, 0x4000, 0, 0], Verdict::Fails),
-    step("sched_yield", libc::SYS_sched_yield, [0; 6], Verdict::Fails),
     step("close", libc::SYS_close, [0; 6], Verdict::Allowed),
-    step("munmap", libc::SYS_munmap, [0, super::guest::AREA as u64, 0, 0, 0, 0], Verdict::Allowed),
+    step("munmap", libc::SYS_munmap, [0, AREA as u64, 0, 0, 0, 0], Verdict::Allowed),
+    // A further thread:
+    step("mmap", libc::SYS_mmap, [0, THREAD_AREA as u64, 3, 0x22, u64::MAX, 0], Verdict::Fails),
+    step("munmap", libc::SYS_munmap, [0, THREAD_AREA as u64, 0, 0, 0, 0], Verdict::Allowed),
 ];
 
 /// The first call that a thread with these filters could not make alone.

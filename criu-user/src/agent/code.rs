@@ -12,8 +12,11 @@
 //! | r15 | area of a task that the record creates |
 //!
 //! Area header: 0 socket pair (guest) or turn word (crew) · 8 this area is a copy's, which never goes home (guest) ·
-//! 16 records left · 24 offset of the first record · 32 further threads inside (guest) · 40 this area is a further
-//! thread's (guest) · 48 expected parent (crew) · 64 the control message that brought one or two descriptors from the engine (guest); all zero without one.
+//! 16 records left · 24 offset of the first record · 48 expected parent (crew) · 64 the control message that brought one
+//! or two descriptors from the engine (guest); all zero without one.
+//!
+//! A further thread of a process shares nothing with the first: it makes an area of its own, without any records until
+//! the engine has put them there, and takes it away again. So each comes home by itself, wherever the engine dies.
 
 use std::arch::global_asm;
 
@@ -42,6 +45,10 @@ fn bytes(start: *const u8, end: *const u8) -> &'static [u8] {
 pub struct GuestLayout {
     /// Where a further thread enters.
     pub thread_entry: usize,
+    /// After the call that makes its area.
+    pub thread_area: usize,
+    /// After the call that takes its area away.
+    pub thread_unmap: usize,
     /// After the call that makes the socket pair.
     pub after_socketpair: usize,
     /// After the last call on the way home of the first thread.
@@ -50,8 +57,6 @@ pub struct GuestLayout {
     pub thread_home: usize,
     /// Size of the area; eight bytes.
     pub size: usize,
-    /// Address of the area, for further threads; eight bytes.
-    pub area: usize,
     /// The first thread's [`Home`].
     pub home_data: usize,
     /// The further thread's [`Home`].
@@ -63,11 +68,12 @@ pub fn guest_layout() -> GuestLayout {
     let start = &raw const criu_guest_start as usize;
     GuestLayout {
         thread_entry: &raw const criu_guest_thread as usize - start,
+        thread_area: &raw const criu_guest_thread_area as usize - start,
+        thread_unmap: &raw const criu_guest_thread_unmap as usize - start,
         after_socketpair: &raw const criu_guest_socketpair_done as usize - start,
         home: &raw const criu_guest_home_done as usize - start,
         thread_home: &raw const criu_guest_thread_home_done as usize - start,
         size: &raw const criu_guest_size as usize - start,
-        area: &raw const criu_guest_area as usize - start,
         home_data: &raw const criu_guest_home_data as usize - start,
         thread_home_data: &raw const criu_guest_thread_home_data as usize - start,
     }
@@ -106,11 +112,12 @@ impl Home {
 unsafe extern "C" {
     static criu_guest_start: u8;
     static criu_guest_thread: u8;
+    static criu_guest_thread_area: u8;
+    static criu_guest_thread_unmap: u8;
     static criu_guest_socketpair_done: u8;
     static criu_guest_home_done: u8;
     static criu_guest_thread_home_done: u8;
     static criu_guest_size: u8;
-    static criu_guest_area: u8;
     static criu_guest_home_data: u8;
     static criu_guest_thread_home_data: u8;
     static criu_guest_end: u8;
@@ -206,7 +213,7 @@ global_asm!(
     syscall
 .endm
 
-.irp symbol, guest_start, guest_thread, guest_socketpair_done, guest_home_done, guest_thread_home_done, guest_size, guest_area, guest_home_data, guest_thread_home_data, guest_end, crew_start, crew_end
+.irp symbol, guest_start, guest_thread, guest_thread_area, guest_thread_unmap, guest_socketpair_done, guest_home_done, guest_thread_home_done, guest_size, guest_home_data, guest_thread_home_data, guest_end, crew_start, crew_end
     .globl criu_\symbol                  // other units of this program refer to them
     .hidden criu_\symbol
 .endr
@@ -264,8 +271,6 @@ criu_guest_socketpair_done:             // the engine takes the far end and the 
     cmp rax, 16
     jne 94f
 91: criu_run 89f
-    cmp dword ptr [r12 + 40], 0
-    jne 98f
     mov eax, 44                         // sendto(socket, header, 16, NOSIGNAL): no SIGPIPE for the program
     mov edi, r13d
     lea rsi, [r12 + 16]
@@ -292,14 +297,6 @@ criu_guest_socketpair_done:             // the engine takes the far end and the 
 93: mov eax, 3                          // close(socket)
     mov edi, r13d
     syscall
-    mov ebp, 0x400000
-92: cmp dword ptr [r12 + 32], 0         // a further thread still uses the area: wait for it
-    je 95f
-    dec ebp                             // but not for ever: it may never have been sent
-    jz 97f
-    mov eax, 24                         // sched_yield
-    syscall
-    jmp 92b
 95: mov eax, 11                         // munmap(area)
     mov rdi, r12
     mov rsi, [rip + criu_guest_size]
@@ -312,13 +309,25 @@ criu_guest_socketpair_done:             // the engine takes the far end and the 
 
 criu_guest_thread:
     criu_block_signals
-    mov r12, [rip + criu_guest_area]
-    jmp 91b
-98: mov r12d, [r12 + 40]                // offset of this area in the whole one
-    neg r12
-    add r12, [rip + criu_guest_area]
-    lock dec dword ptr [r12 + 32]
-    criu_go_home criu_guest_thread_home_data, criu_guest_thread_home_done
+    mov eax, 9                          // mmap(0, size, READ|WRITE, PRIVATE|ANONYMOUS, -1, 0)
+    xor edi, edi
+    mov esi, {thread_area}
+    mov edx, 3
+    mov r10d, 0x22
+    or r8, -1
+    xor r9d, r9d
+    syscall
+criu_guest_thread_area:                 // the engine puts the records in here
+    cmp rax, -4096
+    ja 98f
+    mov r12, rax
+    criu_run 99f
+    mov eax, 11                         // munmap(area): the engine reads them before it
+    mov rdi, r12
+    mov esi, {thread_area}
+    syscall
+criu_guest_thread_unmap:
+98: criu_go_home criu_guest_thread_home_data, criu_guest_thread_home_done
 99: mov eax, 231                        // exit_group
     xor edi, edi
     syscall
@@ -330,8 +339,6 @@ criu_guest_name:
 criu_guest_all_signals:
     .quad -1
 criu_guest_size:
-    .quad 0
-criu_guest_area:
     .quad 0
 criu_guest_home_data:
     .zero 152
@@ -375,7 +382,8 @@ criu_crew_second:
     .quad 0
 criu_crew_end:
 .popsection
-"#
+"#,
+    thread_area = const super::guest::THREAD_AREA,
 );
 
 #[cfg(test)]

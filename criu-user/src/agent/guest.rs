@@ -28,10 +28,10 @@ use crate::kernel::survey::Vma;
 
 /// Size of the area shared with a process.
 pub const AREA: usize = 1 << 20;
-/// The part of it in which a further thread's batches run.
-const THREAD_AREA: usize = AREA - (64 << 10);
+/// Size of a further thread's own area.
+pub(super) const THREAD_AREA: usize = 16 << 10;
 /// The part in which a copy of the process runs its batches.
-pub(super) const COPY_AREA: usize = THREAD_AREA - COPY_ROOM;
+pub(super) const COPY_AREA: usize = AREA - COPY_ROOM;
 /// Size of that part.
 pub(super) const COPY_ROOM: usize = 256 << 10;
 /// The part for the one that makes the copy.
@@ -195,25 +195,42 @@ impl<'a> Guest<'a> {
 
     /// Makes the calls of a batch in another thread of the process, which stands still before and after.
     pub fn run_in(&mut self, thread: &Stopped, batch: &Batch) -> Result<Outcome, AgentError> {
-        let room = AREA - THREAD_AREA;
-        if batch.size() > room {
-            return Err(AgentError::TooLarge { needed: batch.size(), room });
+        if batch.size() > THREAD_AREA {
+            return Err(AgentError::TooLarge { needed: batch.size(), room: THREAD_AREA });
         }
-        let there = self.area_there + THREAD_AREA as u64;
-        self.area.write(THREAD_AREA + HEADER, &batch.encode(there));
-        self.area.write_u64(THREAD_AREA + 16, batch.len() as u64);
-        self.area.write_u64(THREAD_AREA + 24, HEADER as u64);
-        self.area.write_u64(THREAD_AREA + 40, THREAD_AREA as u64);
+        let layout = self.layout;
         let home = Home::new(&regs::resumable(&thread.regs, thread.signal_waits), thread.sigmask).bytes();
-        self.memory.write(self.code + self.layout.area as u64, &there.to_le_bytes())?;
-        self.memory.write(self.code + self.layout.thread_home_data as u64, &home)?;
-        // From here on the first thread leaves the area to this one, for a while: should we die before it is sent, the
-        // first goes home in the end, and the area stays.
-        self.area.write_u64(32, 1);
-        send_to(thread, self.code + self.layout.thread_entry as u64)?;
-        run_home(thread, self.code + self.layout.thread_home as u64)?;
-        let left = self.area.read_u64(THREAD_AREA + 16) as usize;
-        Ok(batch.outcome(left, &self.area.read(THREAD_AREA, batch.size())))
+        self.memory.write(self.code + layout.thread_home_data as u64, &home)?;
+        send_to(thread, self.code + layout.thread_entry as u64)?;
+        let area = loop {
+            let regs = next_syscall_stop(thread.tid)?;
+            if regs.rip == self.code + layout.thread_area as u64 && !is_entry(&regs) {
+                break regs.rax;
+            }
+        };
+        let ran = self.run_there(thread, area, batch);
+        run_home(thread, self.code + layout.thread_home as u64)?;
+        ran
+    }
+
+    /// Runs a batch in a thread that has just made its area, up to the call that takes it away.
+    fn run_there(&self, thread: &Stopped, area: u64, batch: &Batch) -> Result<Outcome, AgentError> {
+        if let errno @ 1..4096 = (area as i64).wrapping_neg() {
+            let errno = Errno::from_raw(errno as i32);
+            return Err(AgentError::NoRoom { pid: self.pid.as_raw(), area: THREAD_AREA, errno });
+        }
+        self.memory.write(area + HEADER as u64, &batch.encode(area))?;
+        self.memory.write(area + 16, &[batch.len() as u64, HEADER as u64].map(u64::to_le_bytes).concat())?;
+        loop {
+            let regs = next_syscall_stop(thread.tid)?;
+            if regs.rip == self.code + self.layout.thread_unmap as u64 && is_entry(&regs) {
+                break;
+            }
+        }
+        let bytes = self.memory.read(area, batch.size())?;
+        let mut left = [0; 8];
+        left.copy_from_slice(&bytes[16..24]);
+        Ok(batch.outcome(u64::from_le_bytes(left) as usize, &bytes))
     }
 
     /// Gives the process a descriptor of a file of ours, and tells its number there. It keeps the one that it has, until

@@ -65,7 +65,7 @@ impl Run<'_> {
         let observer = self.observer;
         std::thread::scope(|scope| {
             let engine = scope.spawn(|| fill::fill(&jobs, |bytes| observer.moved(bytes)));
-            let outcome = self.stage(Stage::Fill, tasks);
+            let outcome = self.fill_by_themselves(tasks);
             let engine = engine.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             outcome.and(engine.map_err(ExecuteError::from))
         })

@@ -33,16 +33,7 @@ impl Run<'_> {
                 None => wait_for_interrupt(task.tid)?,
             }
         }
-        let mut cleaned = BTreeSet::new();
-        for task in &alive {
-            if cleaned.insert(task.pid) {
-                self.unmap_crew(task)?;
-                // The kernel looks for a call to restart on the way out of an interrupt stop, not of this one.
-                ptrace::interrupt(task.tid)?;
-                ptrace::cont(task.tid, 0)?;
-                wait_for_interrupt(task.tid)?;
-            }
-        }
+        self.unmap_crew(&alive)?;
         for task in &alive {
             let Some(resume) = &task.resume else { continue };
             ptrace::set_xstate(task.tid, &resume.xstate)?;
@@ -100,48 +91,82 @@ impl Run<'_> {
         ptrace::EXIT_KILL | ptrace::TRACE_SYSGOOD | if suspend { ptrace::SUSPEND_SECCOMP } else { 0 }
     }
 
-    /// The crew's area goes last: by a call made at a `syscall` instruction of the program's own.
-    fn unmap_crew(&self, task: &Task) -> Result<(), ExecuteError> {
+    /// The crew's area goes last: by a call made at a `syscall` instruction of the program's own, in one thread of each
+    /// process, all of them at the same time.
+    fn unmap_crew(&self, tasks: &[&Task]) -> Result<(), ExecuteError> {
+        let mut processes = BTreeSet::new();
+        let one_of_each: Vec<&Task> = tasks.iter().copied().filter(|task| processes.insert(task.pid)).collect();
+        let (start, len) = self.crew.range();
+        let mut known = HashMap::new();
+        for task in &one_of_each {
+            let mut regs = ptrace::regs(task.tid)?;
+            regs.rip = self.syscall_of(task, &mut known)?;
+            regs.orig_rax = u64::MAX;
+            regs.rax = libc::SYS_munmap as u64;
+            regs.rdi = start;
+            regs.rsi = len;
+            ptrace::set_regs(task.tid, &regs)?;
+            ptrace::cont_to_syscall(task.tid)?;
+        }
+        for task in &one_of_each {
+            wait_for_syscall(task.tid, |result| result == ENOSYS)?;
+            ptrace::cont_to_syscall(task.tid)?;
+        }
+        for task in &one_of_each {
+            if wait_for_syscall(task.tid, |result| result != ENOSYS)? != 0 {
+                return Err(AgentError::Strayed { tid: task.tid.as_raw(), stop: "munmap failed".into() }.into());
+            }
+            // The kernel looks for a call to restart on the way out of an interrupt stop, not of this one.
+            ptrace::interrupt(task.tid)?;
+            ptrace::cont(task.tid, 0)?;
+        }
+        one_of_each.iter().try_for_each(|task| Ok(wait_for_interrupt(task.tid)?))
+    }
+
+    /// Where a process has a `syscall` instruction. `known`: by the address of its vDSO, which is the same code for all.
+    fn syscall_of(&self, task: &Task, known: &mut HashMap<u64, u64>) -> Result<u64, ExecuteError> {
+        let process = self.plan.tasks.iter().find(|t| t.tid == task.pid).unwrap_or(task);
+        let vdso = process.kernel_areas.iter().find(|area| area.name == "[vdso]");
+        if let Some(place) = vdso.and_then(|area| known.get(&area.start)) {
+            return Ok(*place);
+        }
         // The first thread may have ended.
         let memory = ProcessMemory::open(task.tid)?;
-        let process = self.plan.tasks.iter().find(|t| t.tid == task.pid).unwrap_or(task);
-        let place = find_syscall(&memory, task.tid, process)
+        let area = vdso.map(|area| (area.start, area.start + area.len));
+        let place = find_syscall(&memory, task.tid, area)
             .ok_or(AgentError::NoSlack { pid: task.pid.as_raw(), needed: SYSCALL.len() })?;
-        let (start, len) = self.crew.range();
-        let mut regs = ptrace::regs(task.tid)?;
-        regs.rip = place;
-        regs.orig_rax = u64::MAX;
-        regs.rax = libc::SYS_munmap as u64;
-        regs.rdi = start;
-        regs.rsi = len;
-        ptrace::set_regs(task.tid, &regs)?;
-        loop {
-            ptrace::cont_to_syscall(task.tid)?;
-            match ptrace::wait(task.tid)? {
-                Stop::Syscall => {
-                    let now = ptrace::regs(task.tid)?;
-                    if now.rax as i64 != -(nix::errno::Errno::ENOSYS as i64) {
-                        return match now.rax {
-                            0 => Ok(()),
-                            _ => {
-                                Err(AgentError::Strayed { tid: task.tid.as_raw(), stop: "munmap failed".into() }.into())
-                            }
-                        };
-                    }
-                }
-                Stop::Exited => return Err(AgentError::Gone { pid: task.tid.as_raw() }.into()),
-                _ => {}
-            }
+        if let Some((start, _)) = area.filter(|(start, end)| (*start..*end).contains(&place)) {
+            known.insert(start, place);
         }
+        Ok(place)
+    }
+}
+
+/// What the kernel shows as the result of a call that has just begun.
+const ENOSYS: i64 = -(nix::errno::Errno::ENOSYS as i64);
+
+/// Waits until a thread stands at a system call, with such a result, and gives that.
+fn wait_for_syscall(tid: Pid, is_wanted: impl Fn(i64) -> bool) -> Result<i64, ExecuteError> {
+    loop {
+        match ptrace::wait(tid)? {
+            Stop::Syscall => {
+                let result = ptrace::regs(tid)?.rax as i64;
+                if is_wanted(result) {
+                    return Ok(result);
+                }
+            }
+            Stop::Exited => return Err(AgentError::Gone { pid: tid.as_raw() }.into()),
+            _ => {}
+        }
+        ptrace::cont_to_syscall(tid)?;
     }
 }
 
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
 
 /// A `syscall` instruction in the process's code: the vDSO has one, for clocks that it cannot read; any library has.
-fn find_syscall(memory: &ProcessMemory, tid: Pid, process: &Task) -> Option<u64> {
+fn find_syscall(memory: &ProcessMemory, tid: Pid, vdso: Option<(u64, u64)>) -> Option<u64> {
     const PIECE: u64 = 64 << 10;
-    let vdso = process.kernel_areas.iter().filter(|a| a.name == "[vdso]").map(|a| (a.start, a.start + a.len));
     let others = || {
         let vmas = survey::vmas_of(tid).unwrap_or_default();
         vmas.into_iter().filter(|v| v.flags.contains(survey::VmFlags::EXEC) && v.ino != 0).map(|v| (v.start, v.end))
@@ -152,5 +177,5 @@ fn find_syscall(memory: &ProcessMemory, tid: Pid, process: &Task) -> Option<u64>
             bytes.windows(SYSCALL.len()).position(|w| w == SYSCALL).map(|found| at + found as u64)
         })
     };
-    vdso.map(search).next().flatten().or_else(|| others().find_map(search))
+    vdso.and_then(search).or_else(|| others().find_map(search))
 }

@@ -8,24 +8,28 @@ mod empty;
 mod error;
 mod fill;
 mod go;
+mod images;
 mod layout;
 mod open;
 
 use std::time::{Duration, Instant};
 
 use criu_common::gate::Held;
-use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
+use nix::errno::Errno;
+use nix::sys::signal::{SigSet, SigmaskHow, kill, sigprocmask};
 use nix::unistd::Pid;
 use tracing::{debug, info, warn};
 
 pub use calls::describe;
 pub use error::ExecuteError;
+use images::Images;
 use layout::Layout;
 
 use crate::agent::{AgentError, Crew, Member};
 use crate::kernel::clone;
 use crate::kernel::error::During;
 use crate::kernel::gate::Gate;
+use crate::kernel::parallel;
 use crate::kernel::ptrace::{self, Stop};
 use crate::object::{ObjectError, clocks};
 use crate::observer::{Moment, Observer, tell};
@@ -43,13 +47,14 @@ pub fn execute(plan: &Plan, options: &RestoreOptions, observer: &dyn Observer) -
 fn execute_locked(plan: &Plan, options: &RestoreOptions, observer: &dyn Observer) -> Result<Pid, ExecuteError> {
     refuse_taken_pids(plan)?;
     let gate = options.network_lock.close(&plan.connections).map_err(ObjectError::from)?;
-    let opened = open::open_all(plan, observer)?;
+    let images = Images::of(plan)?;
+    let opened = open::open_all(plan, images.as_ref().map(Images::first), observer)?;
     info!(files = opened.len(), "files are open");
     // Until they go on, nothing may interrupt the tasks.
     let mask = |set: &SigSet| sigprocmask(SigmaskHow::SIG_SETMASK, Some(set), None).during("sigprocmask", "restore");
     let before = SigSet::thread_get_mask().during("sigprocmask", "restore")?;
     mask(&SigSet::all())?;
-    let outcome = execute_blocked(plan, options, observer, opened, gate);
+    let outcome = execute_blocked(plan, options, observer, (opened, images), gate);
     mask(&before)?;
     outcome
 }
@@ -58,17 +63,19 @@ fn execute_blocked(
     plan: &Plan,
     options: &RestoreOptions,
     observer: &dyn Observer,
-    opened: Opened,
+    (opened, images): (Opened, Option<Images>),
     gate: Option<Gate>,
 ) -> Result<Pid, ExecuteError> {
     if let Some(offsets) = &plan.clocks {
+        // The kernel does that for a process of one thread alone (setns(2) of a time namespace).
+        parallel::wait_until_alone()?;
         clocks::enter(offsets)?;
     }
     let layout = Layout::choose(plan)?;
     let crew = Crew::new(layout.crew, &layout.members(plan))?;
     let mut kernel_at = vec![Vec::new(); plan.tasks.len()];
     kernel_at[0] = layout.kernel.clone();
-    let mut run = Run { plan, options, observer, crew, layout, opened, gate, kernel_at, rseq: None };
+    let mut run = Run { plan, options, observer, crew, layout, opened, images, gate, kernel_at, rseq: None };
     let root = run.spawn()?;
     info!(pid = root.as_raw(), "the root of the tree is there");
     if plan.clocks.is_some()
@@ -90,7 +97,8 @@ const LATE: Duration = Duration::from_secs(2);
 
 fn refuse_taken_pids(plan: &Plan) -> Result<(), ExecuteError> {
     let begin = Instant::now();
-    for task in &plan.tasks {
+    // To ask by a signal that is none costs less than to look it up in /proc.
+    for task in plan.tasks.iter().filter(|task| kill(task.tid, None) != Err(Errno::ESRCH)) {
         let holder = || crate::kernel::proc::stat(task.tid, None);
         while begin.elapsed() < LATE && holder().is_ok_and(|stat| stat.state == 'Z') {
             std::thread::sleep(Duration::from_millis(2));
@@ -113,6 +121,8 @@ struct Run<'a> {
     crew: Crew,
     layout: Layout,
     opened: Opened,
+    /// Pages files that are not inherited.
+    images: Option<Images>,
     /// Holds the packets of connections.
     gate: Option<Gate>,
     /// Where the kernel's own areas of each task are just now.
@@ -235,6 +245,9 @@ impl Run<'_> {
             }
             self.stage(Stage::Memory, &generation)?;
             self.fill(&generation)?;
+            if generation == [0] {
+                self.give_up_images()?;
+            }
             self.stage(Stage::Tree, &generation)?;
             let mut next = Vec::new();
             for &n in &generation {
@@ -305,7 +318,7 @@ impl Run<'_> {
             let ours = crate::kernel::proc::read_text(&format!("/proc/{}/maps", task.tid))
                 .is_ok_and(|maps| maps.contains("memfd:criu-ebpf"));
             if ours || task.tid == root {
-                let _ = nix::sys::signal::kill(task.pid, nix::sys::signal::Signal::SIGKILL);
+                let _ = kill(task.pid, nix::sys::signal::Signal::SIGKILL);
             }
         }
         // A process is gone only when those of its threads that we trace are collected.

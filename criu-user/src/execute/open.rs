@@ -16,7 +16,9 @@ const MANY: usize = 64;
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// Opens all files, at numbers above those that the tree uses.
-pub fn open_all(plan: &Plan, observer: &dyn Observer) -> Result<Opened, ExecuteError> {
+///
+/// `images`: the lowest number for those that tasks only fill their memory from, where they are apart.
+pub fn open_all(plan: &Plan, images: Option<i32>, observer: &dyn Observer) -> Result<Opened, ExecuteError> {
     let mut opened = Opened::default();
     let mut rest = plan.opens.as_slice();
     while let Some((opener, others)) = rest.split_first() {
@@ -24,7 +26,8 @@ pub fn open_all(plan: &Plan, observer: &dyn Observer) -> Result<Opened, ExecuteE
         if many.len() < MANY {
             debug!("{}", opener.describe());
             let file = opener.open(&opened).map_err(|source| failed(opener.as_ref(), source))?;
-            opened.push(duplicate_above(&file, plan.first_free_fd)?);
+            let lowest = images.filter(|_| opener.only_fills()).unwrap_or(plan.first_free_fd);
+            opened.push(duplicate_above(&file, lowest)?);
             observer.moved(opener.memory());
             rest = others;
             continue;
@@ -47,7 +50,5 @@ fn beside_each_other(many: &[&dyn Apart], lowest: i32) -> SysResult<Vec<Result<O
         Ok(duplicate_above(&file, lowest)?)
     };
     let files = parallel::share(many, |part| part.iter().map(open).collect::<Vec<_>>());
-    // Some of what comes next the kernel does for a process of one thread alone (setns(2) of a time namespace).
-    parallel::wait_until_alone()?;
     Ok(files.into_iter().flatten().collect())
 }

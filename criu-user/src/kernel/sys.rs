@@ -142,13 +142,13 @@ pub fn has_capability(capability: u32) -> bool {
         .is_ok_and(|effective| effective >> capability & 1 != 0)
 }
 
-/// The hard limit of this process for a resource, by its number. prlimit(2).
-pub fn hard_limit(resource: u64) -> SysResult<u64> {
+/// Soft and hard limit of this process for a resource, by its number. prlimit(2).
+pub fn limit(resource: u64) -> SysResult<[u64; 2]> {
     let mut limit = [0u64; 2];
     // SAFETY: the last argument points to a live local of the size of struct rlimit64.
     unsafe { raw(libc::SYS_prlimit64, [0, resource, 0, limit.as_mut_ptr() as u64, 0, 0]) }
         .map_err(|e| SysError::new("prlimit", format!("resource {resource}"), e))?;
-    Ok(limit[1])
+    Ok(limit)
 }
 
 /// Sets the real and effective uid of the calling thread alone, and keeps the saved one: setresuid(2) without the C

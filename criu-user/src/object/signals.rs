@@ -10,7 +10,7 @@ use crate::agent::{Batch, CallId, Outcome, Room};
 use crate::call;
 use crate::image::proto::{SaEntry, SiginfoEntry, SignalQueueEntry};
 use crate::kernel::ptrace::SIGINFO_LEN;
-use crate::plan::{Plan, Stage, TaskRef};
+use crate::plan::{Plan, Stage, TaskRef, Why};
 
 /// Number of signals.
 const SIGNALS: u64 = 64;
@@ -62,20 +62,26 @@ impl Actions {
     }
 }
 
-/// Plans the actions. Those at their default are so already.
+/// Plans the actions. All tasks begin with the default for each: what the engine itself ignores, the root gives up
+/// before it forks (CLONE_CLEAR_SIGHAND leaves that as it is).
 pub fn plan_actions(plan: &mut Plan, task: TaskRef, actions: &[SaEntry]) -> Result<(), ObjectError> {
     let numbers = (1..=SIGNALS).filter(|&n| n != SIGKILL && n != SIGSTOP);
     if actions.len() as u64 > SIGNALS - 2 {
         return Err(ObjectError::contradiction(format!("{} signal actions", actions.len())));
     }
+    if plan.task(task).parent.is_none() {
+        for n in numbers.clone() {
+            let why = Why::Number("default for signal", n);
+            plan.push(task, Stage::Empty, call!(SYS_rt_sigaction(n, vec![0u8; 32], 0u64, 8u64), why));
+        }
+    }
     for (n, action) in numbers.zip(actions) {
-        let bytes: Vec<u8> = [action.sigaction, action.flags, action.restorer, action.mask]
-            .iter()
-            .flat_map(|w| w.to_le_bytes())
-            .collect();
-        // A restored process may be the child of one that was restored with an action other than the default.
-        let why = format!("action of signal {n}");
-        plan.push(task, Stage::Process, call!(SYS_rt_sigaction(n, bytes, 0u64, 8u64), why));
+        let action = [action.sigaction, action.flags, action.restorer, action.mask];
+        if action != [0; 4] {
+            let bytes: Vec<u8> = action.iter().flat_map(|w| w.to_le_bytes()).collect();
+            let why = Why::Number("action of signal", n);
+            plan.push(task, Stage::Process, call!(SYS_rt_sigaction(n, bytes, 0u64, 8u64), why));
+        }
     }
     Ok(())
 }

@@ -1,6 +1,8 @@
 //! What a process and its threads are beside their registers and memory: names, limits, scheduling, the odds and ends
 //! of prctl(2), and the messages (`core-*.img`, `mm-*.img`) that hold all of it.
 
+use std::collections::HashMap;
+
 use nix::unistd::Pid;
 
 use super::facts::{self, ThreadFacts};
@@ -19,7 +21,7 @@ use crate::image::proto::{
 use crate::kernel::proc::{self, Stat};
 use crate::kernel::threads::ThreadRecords;
 use crate::kernel::{sched, sys};
-use crate::plan::{Resume, Stage, TaskRef};
+use crate::plan::{Resume, Stage, TaskRef, Why};
 
 const PR_SET_PDEATHSIG: u64 = 1;
 const PR_GET_DUMPABLE: u64 = 3;
@@ -279,7 +281,7 @@ pub fn plan_process(
     let stage = Stage::Process;
     cx.plan.push(task, stage, call!(SYS_personality(core.personality), "personality"));
     if let Some(score) = core.oom_score_adj
-        && score != own_oom_score()
+        && score != cx.shelf.get::<Inherited>().oom_score()
     {
         let pid = cx.plan.task(task).pid;
         cx.plan.after(stage, OomScore { pid, score });
@@ -301,50 +303,74 @@ pub fn plan_process(
         timers::plan(&mut cx.plan, task, timers, &pending)?;
     }
     for (which, limit) in core.rlimits.iter().flat_map(|l| &l.rlimits).enumerate() {
-        check_limit(which, limit)?;
-        let bytes: Vec<u8> = [limit.cur, limit.max].iter().flat_map(|w| w.to_le_bytes()).collect();
-        let why = format!("resource limit {which}");
-        cx.plan.push(task, Stage::Credentials, call!(SYS_prlimit64(0u64, which, bytes, 0u64), why));
+        let own = cx.shelf.get::<Inherited>().limit(which as u64)?;
+        check_limit(which, limit, own)?;
+        if own != [limit.cur, limit.max] {
+            let bytes: Vec<u8> = [limit.cur, limit.max].iter().flat_map(|w| w.to_le_bytes()).collect();
+            let why = Why::Number("resource limit", which as u64);
+            cx.plan.push(task, Stage::Credentials, call!(SYS_prlimit64(0u64, which, bytes, 0u64), why));
+        }
     }
     Ok(())
 }
 
+/// What all tasks have from the engine, as far as it has been asked.
+#[derive(Debug, Default)]
+struct Inherited {
+    oom_score: Option<i32>,
+    limits: HashMap<u64, [u64; 2]>,
+}
+
+impl Inherited {
+    fn oom_score(&mut self) -> i32 {
+        let read = || proc::read_text("/proc/self/oom_score_adj").ok().and_then(|t| t.trim().parse().ok());
+        *self.oom_score.get_or_insert_with(|| read().unwrap_or(0))
+    }
+
+    /// Soft and hard limit. No resource has a number above those that Linux has: there is nothing to inherit.
+    fn limit(&mut self, which: u64) -> Result<[u64; 2], ObjectError> {
+        if let Some(known) = self.limits.get(&which) {
+            return Ok(*known);
+        }
+        if which >= LIMITS.len() as u64 {
+            return Err(ObjectError::contradiction(format!("resource limit {which} is none that Linux has")));
+        }
+        let own = sys::limit(which)?;
+        self.limits.insert(which, own);
+        Ok(own)
+    }
+}
+
+/// Resource limits by their numbers: include/uapi/asm-generic/resource.h.
+const LIMITS: [&str; 16] = [
+    "CPU",
+    "FSIZE",
+    "DATA",
+    "STACK",
+    "CORE",
+    "RSS",
+    "NPROC",
+    "NOFILE",
+    "MEMLOCK",
+    "AS",
+    "LOCKS",
+    "SIGPENDING",
+    "MSGQUEUE",
+    "NICE",
+    "RTPRIO",
+    "RTTIME",
+];
+
 /// A hard limit can be raised only by those who are above all limits.
-fn check_limit(which: usize, wanted: &RlimitEntry) -> Result<(), ObjectError> {
-    const NAMES: [&str; 16] = [
-        "CPU",
-        "FSIZE",
-        "DATA",
-        "STACK",
-        "CORE",
-        "RSS",
-        "NPROC",
-        "NOFILE",
-        "MEMLOCK",
-        "AS",
-        "LOCKS",
-        "SIGPENDING",
-        "MSGQUEUE",
-        "NICE",
-        "RTPRIO",
-        "RTTIME",
-    ];
-    let Some(name) = NAMES.get(which) else {
-        return Err(ObjectError::contradiction(format!("resource limit {which} is none that Linux has")));
-    };
-    let own = sys::hard_limit(which as u64)?;
+fn check_limit(which: usize, wanted: &RlimitEntry, [_, own]: [u64; 2]) -> Result<(), ObjectError> {
     if wanted.max <= own || sys::has_capability(sys::CAP_SYS_RESOURCE) {
         return Ok(());
     }
+    let (name, wanted) = (LIMITS[which], wanted.max);
     Err(ObjectError::Unsupported {
-        what: format!("the hard limit RLIMIT_{name} of {}: the restoring process may have {own} at most", wanted.max),
+        what: format!("the hard limit RLIMIT_{name} of {wanted}: the restoring process may have {own} at most"),
         advice: "raise the limit of the shell that restores, or restore with CAP_SYS_RESOURCE",
     })
-}
-
-/// What a task starts with.
-fn own_oom_score() -> i32 {
-    proc::read_text("/proc/self/oom_score_adj").ok().and_then(|t| t.trim().parse().ok()).unwrap_or(0)
 }
 
 /// Sets a process's oom_score_adj: a file of /proc.

@@ -22,7 +22,7 @@ pub fn checkpoint_restore() -> Answer {
 
 /// The hard limit of a resource is at least so high; by its number in getrlimit(2).
 pub fn limit<const RESOURCE: u32, const ENOUGH: u64>() -> Answer {
-    let hard = sys::hard_limit(RESOURCE.into())?;
+    let [_, hard] = sys::limit(RESOURCE.into())?;
     let shown = if hard == u64::MAX { "unlimited".to_owned() } else { hard.to_string() };
     ensure(hard >= ENOUGH, &format!("the hard limit is {shown}, less than {ENOUGH}"))?;
     Ok(format!("hard limit {shown}"))

@@ -1,6 +1,7 @@
 //! Planning how pages come into an address space. Few pages are filled by the process itself; many by the engine, whose
 //! threads are as many as there are processors, and which can put pages where none are (kernel/fill.rs).
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -31,7 +32,7 @@ impl PageFiles {
         let (file, path) =
             pages.pages(dump).ok_or_else(|| ObjectError::contradiction(format!("no dump {dump} in the chain")))?;
         let file = file.try_clone().map_err(|e| SysError::io("dup", path.display(), &e))?;
-        let opened = cx.plan.open(OpenImage { file, path: path.to_owned() });
+        let opened = cx.plan.open(OpenImage { file: RefCell::new(Some(file)), path: path.to_owned() });
         self.0[dump] = Some(opened);
         Ok(opened)
     }
@@ -40,8 +41,8 @@ impl PageFiles {
 /// An image file that tasks read from.
 #[derive(Debug)]
 pub struct OpenImage {
-    /// It is open already: images are validated before anything happens.
-    pub file: File,
+    /// It is open already: images are validated before anything happens. Gone when it has been opened for the tree.
+    pub file: RefCell<Option<File>>,
     /// For messages.
     pub path: PathBuf,
 }
@@ -51,8 +52,13 @@ impl Opener for OpenImage {
         format!("image {}", self.path.display())
     }
 
+    fn only_fills(&self) -> bool {
+        true
+    }
+
     fn open(&self, _: &Opened) -> Result<OwnedFd, Box<dyn std::error::Error + Send + Sync>> {
-        Ok(self.file.try_clone()?.into())
+        let file = self.file.take().ok_or("it was opened before")?;
+        Ok(file.into())
     }
 }
 

@@ -2,7 +2,10 @@
 //! in both are left alone, so that parent and child share them as they did.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 
 use crate::image::proto::VmaEntry;
 use crate::image::{FoundRun, PageMap, PageRange, VmaStatus};
@@ -35,7 +38,7 @@ pub fn of(cx: &mut Planner<'_>, task: TaskRef, space: &Space) -> Result<BTreeMap
     let mut kept = BTreeMap::new();
     let creator = cx.plan.tasks.iter().find(|t| t.stage(Stage::Tree).iter().any(|c| c.creates == Some(task)));
     let Some(parent) = creator.map(|t| t.pid.as_raw()) else { return Ok(kept) };
-    let spaces = cx.shelf.take::<Spaces>();
+    let (spaces, mut windows) = (cx.shelf.take::<Spaces>(), cx.shelf.take::<Windows>());
     if let Some(theirs) = spaces.0.get(&parent) {
         let by_start: HashMap<u64, _> = theirs.areas().map(|area| (area.0.start, area)).collect();
         for (vma, runs) in space.areas() {
@@ -43,12 +46,13 @@ pub fn of(cx: &mut Planner<'_>, task: TaskRef, space: &Space) -> Result<BTreeMap
                 && is_same(vma, other)
                 && !touches(theirs.guards(), vma)
             {
-                let found = compare((runs, &space.pages), (other_runs, &theirs.pages))?;
+                let found = compare((runs, &space.pages), (other_runs, &theirs.pages), &mut windows)?;
                 kept.insert(vma.start, found);
             }
         }
     }
     *cx.shelf.get::<Spaces>() = spaces;
+    *cx.shelf.get::<Windows>() = windows;
     Ok(kept)
 }
 
@@ -67,7 +71,11 @@ fn touches<'v>(mut guards: impl Iterator<Item = &'v VmaEntry>, vma: &VmaEntry) -
 }
 
 /// Compares the pages of an area in two images, run by run; both lists are ascending.
-fn compare(mine: (&[FoundRun], &PageMap), theirs: (&[FoundRun], &PageMap)) -> Result<Inherited, ObjectError> {
+fn compare(
+    mine: (&[FoundRun], &PageMap),
+    theirs: (&[FoundRun], &PageMap),
+    windows: &mut Windows,
+) -> Result<Inherited, ObjectError> {
     let mut out = Inherited::default();
     let mut others = theirs.0.iter().copied();
     let mut other = others.next();
@@ -94,7 +102,7 @@ fn compare(mine: (&[FoundRun], &PageMap), theirs: (&[FoundRun], &PageMap)) -> Re
             let end = now.range.end().min(o.range.end());
             let (both, after) = split(now, end);
             let (both_theirs, after_theirs) = split(o, end);
-            compare_content((both, mine.1), (both_theirs, theirs.1), &mut out.different)?;
+            compare_content((both, mine.1), (both_theirs, theirs.1), windows, &mut out.different)?;
             rest = after;
             other = after_theirs.or_else(|| others.next());
         }
@@ -110,17 +118,15 @@ fn compare(mine: (&[FoundRun], &PageMap), theirs: (&[FoundRun], &PageMap)) -> Re
 fn compare_content(
     mine: (FoundRun, &PageMap),
     theirs: (FoundRun, &PageMap),
+    windows: &mut Windows,
     different: &mut Vec<FoundRun>,
 ) -> Result<(), ObjectError> {
-    /// Bytes compared at once.
-    const PIECE: u64 = 1 << 20;
     let (start, end) = (mine.0.range.start(), mine.0.range.end());
-    let (mut a, mut b) = (Vec::new(), Vec::new());
     let mut at = start;
     while at < end {
-        let len = (end - at).min(PIECE);
-        read(mine, at - start, len, &mut a)?;
-        read(theirs, at - start, len, &mut b)?;
+        let len = (end - at).min(WINDOW);
+        let a = windows.mine.read(mine, at - start, len)?;
+        let b = windows.theirs.read(theirs, at - start, len)?;
         if a != b {
             for (n, (x, y)) in a.chunks(PAGE as usize).zip(b.chunks(PAGE as usize)).enumerate() {
                 let page = at + n as u64 * PAGE;
@@ -136,11 +142,54 @@ fn compare_content(
     Ok(())
 }
 
-fn read(run: (FoundRun, &PageMap), skip: u64, len: u64, into: &mut Vec<u8>) -> Result<(), ObjectError> {
-    let (file, path) = run
-        .1
-        .pages(run.0.dump)
-        .ok_or_else(|| ObjectError::contradiction(format!("no dump {} in the chain", run.0.dump)))?;
-    into.resize(len as usize, 0);
-    file.read_exact_at(into, run.0.offset + skip).map_err(|e| SysError::io("pread", path.display(), &e).into())
+/// Bytes that are read and compared at once.
+const WINDOW: u64 = 256 << 10;
+
+/// What was read last of a process and of the one that forks it, which has many children: most pages of a small process
+/// are in one window.
+#[derive(Debug, Default)]
+struct Windows {
+    mine: Window,
+    theirs: Window,
+}
+
+/// A piece of a pages file.
+#[derive(Debug, Default)]
+struct Window {
+    path: PathBuf,
+    offset: u64,
+    len: usize,
+    bytes: Vec<u8>,
+}
+
+impl Window {
+    /// Bytes of a run, at most [`WINDOW`] of them.
+    fn read(&mut self, (run, pages): (FoundRun, &PageMap), skip: u64, len: u64) -> Result<&[u8], ObjectError> {
+        let (file, path) = pages
+            .pages(run.dump)
+            .ok_or_else(|| ObjectError::contradiction(format!("no dump {} in the chain", run.dump)))?;
+        let (at, len) = (run.offset + skip, len as usize);
+        let behind = |window: &Self| at.checked_sub(window.offset).filter(|n| n + len as u64 <= window.len as u64);
+        if self.path.as_os_str() != path.as_os_str() || behind(self).is_none() {
+            self.fill(file, at, len).map_err(|err| SysError::io("pread", path.display(), &err))?;
+            self.path = path.to_owned();
+        }
+        let from = (at - self.offset) as usize;
+        Ok(&self.bytes[from..from + len])
+    }
+
+    /// Reads what is there from `offset` on; at least `needed` bytes.
+    fn fill(&mut self, file: &File, offset: u64, needed: usize) -> std::io::Result<()> {
+        self.bytes.resize(WINDOW as usize, 0);
+        (self.path, self.offset, self.len) = (PathBuf::new(), offset, 0);
+        while self.len < needed {
+            match file.read_at(&mut self.bytes[self.len..], offset + self.len as u64) {
+                Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+                Ok(n) => self.len += n,
+                Err(err) if err.kind() == ErrorKind::Interrupted => {}
+                Err(err) => return Err(err),
+            }
+        }
+        Ok(())
+    }
 }
