@@ -12,8 +12,8 @@
 //! | r15 | area of a task that the record creates |
 //!
 //! Area header: 0 socket pair (guest) or turn word (crew) · 8 this area is a copy's, which never goes home (guest) ·
-//! 16 records left · 24 offset of the first record · 48 expected parent (crew) · 64 the control message that brought one
-//! or two descriptors from the engine (guest); all zero without one.
+//! 16 records left · 24 offset of the first record · 40 this area is a further thread's (guest) · 48 expected parent
+//! (crew) · 64 the control message that brought one or two descriptors from the engine (guest); all zero without one.
 //!
 //! A further thread of a process shares nothing with the first: it makes an area of its own, without any records until
 //! the engine has put them there, and takes it away again. So each comes home by itself, wherever the engine dies.
@@ -271,6 +271,8 @@ criu_guest_socketpair_done:             // the engine takes the far end and the 
     cmp rax, 16
     jne 94f
 91: criu_run 89f
+    cmp dword ptr [r12 + 40], 0
+    jne 98f
     mov eax, 44                         // sendto(socket, header, 16, NOSIGNAL): no SIGPIPE for the program
     mov edi, r13d
     lea rsi, [r12 + 16]
@@ -319,15 +321,16 @@ criu_guest_thread:
     syscall
 criu_guest_thread_area:                 // the engine puts the records in here
     cmp rax, -4096
-    ja 98f
+    ja 88f
     mov r12, rax
-    criu_run 99f
-    mov eax, 11                         // munmap(area): the engine reads them before it
+    mov byte ptr [r12 + 40], 1
+    jmp 91b
+98: mov eax, 11                         // munmap(area): the engine reads the results before it
     mov rdi, r12
     mov esi, {thread_area}
     syscall
 criu_guest_thread_unmap:
-98: criu_go_home criu_guest_thread_home_data, criu_guest_thread_home_done
+88: criu_go_home criu_guest_thread_home_data, criu_guest_thread_home_done
 99: mov eax, 231                        // exit_group
     xor edi, edi
     syscall
