@@ -219,7 +219,8 @@ fn read_each<T: Sync, R: Send>(
 }
 
 fn read_cores(dir: &ImageDir, entries: &[PstreeEntry]) -> Result<HashMap<i32, CoreEntry>, RestoreError> {
-    let threads = entries.iter().flat_map(|entry| references::threads(entry).iter().map(|&tid| (tid, tid == entry.pid)));
+    let threads =
+        entries.iter().flat_map(|entry| references::threads(entry).iter().map(|&tid| (tid, tid == entry.pid)));
     let mut seen = HashSet::new();
     let threads: Vec<(u32, bool)> = threads.filter(|(tid, _)| seen.insert(*tid)).collect();
     let cores = read_each(&threads, |&(tid, leads)| {
