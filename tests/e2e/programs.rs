@@ -127,7 +127,8 @@ fn redis_keeps_its_data(row: &Row) {
         redis(port, &format!("SET extra {number}")).expect("writing");
         assert_eq!(redis(port, "GET extra"), Some(format!("${}\r\n{number}", number.to_string().len())));
         redis(port, "DEL extra").expect("deleting");
-        assert_eq!(program.tree().len(), 2, "its child is gone");
+        let (tree, log) = (program.tree(), fs::read_to_string(program.file("out")).unwrap_or_default());
+        assert_eq!(tree.len(), 2, "its child is gone in round {number}: {tree:?}\n{log}");
     }
     // Else it would write another snapshot before it ends.
     redis(port, "CONFIG SET save \"\"").expect("no more snapshots");
