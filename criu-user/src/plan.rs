@@ -21,6 +21,8 @@ pub enum Why {
     At(&'static str, u64),
     /// Something between two addresses.
     Range(&'static str, u64, u64),
+    /// A descriptor's number, the file that it stands for, and what kind that is of.
+    Descriptor(u32, u32, &'static str),
 }
 
 impl fmt::Display for Why {
@@ -29,6 +31,7 @@ impl fmt::Display for Why {
             Why::Text(text) => f.write_str(text),
             Why::At(what, start) => write!(f, "{what} {start:#x}"),
             Why::Range(what, start, end) => write!(f, "{what} {start:#x}-{end:#x}"),
+            Why::Descriptor(fd, file, kind) => write!(f, "descriptor {fd} is file {file} ({kind})"),
         }
     }
 }
@@ -402,6 +405,11 @@ impl Opened {
     /// Adds the next file.
     pub fn push(&mut self, file: OwnedFd) {
         self.files.push(Some(file));
+    }
+
+    /// Closes all.
+    pub fn close(&mut self) {
+        self.keep_only(&[]);
     }
 
     /// Closes all but these.

@@ -86,8 +86,14 @@ pub struct Course {
     pub release: Vec<Step>,
     /// When packets pass again.
     pub resume: Vec<Step>,
-    /// Whether nobody waits for anything: `resume` can be left out if no packet was held meanwhile.
-    pub quiet: bool,
+}
+
+/// Whether nobody waits for anything: nothing is under way, nothing is to be sent, and all that came was acknowledged.
+/// Then `resume` can be left out if no packet was held meanwhile.
+pub fn is_quiet(state: State, stream: &TcpStreamEntry) -> bool {
+    matches!(state, State::Established | State::CloseWait | State::FinWait2)
+        && stream.outq_len == 0
+        && stream.rcv_wup == Some(stream.inq_seq)
 }
 
 impl Course {
@@ -106,7 +112,6 @@ impl Course {
             course.release.push(Step::Write(unsent));
         }
         course.close(state, &from);
-        course.quiet = from.are_quiet(state);
         if state != State::Close {
             course.resume.extend(from.nudges(state));
             course.resume.push(Step::Push);
@@ -213,13 +218,6 @@ struct Packets<'a> {
 }
 
 impl Packets<'_> {
-    /// Whether nothing is under way, nothing is to be sent, and all that came was acknowledged.
-    fn are_quiet(&self, state: State) -> bool {
-        matches!(state, State::Established | State::CloseWait | State::FinWait2)
-            && self.stream.outq_len == 0
-            && self.stream.rcv_wup == Some(self.stream.inq_seq)
-    }
-
     /// The window that the peer offers, as it stands in its packets.
     fn peers_window(&self) -> u16 {
         scaled(self.stream.snd_wnd.unwrap_or(u16::MAX.into()), self.stream.snd_wscale)
@@ -377,14 +375,13 @@ mod tests {
     #[test]
     fn who_waits_for_nothing_is_quiet() {
         let idle = TcpStreamEntry { outq_len: 0, unsq_len: Some(0), ..stream() };
-        let quiet = |state, stream: &TcpStreamEntry| Course::of(state, stream).unwrap().quiet;
         for state in State::ALL {
             let expected = matches!(state, State::Established | State::CloseWait | State::FinWait2);
-            assert_eq!(quiet(state, &idle), expected, "{state:?}");
-            assert!(!quiet(state, &stream()), "{state:?}, with bytes under way");
+            assert_eq!(is_quiet(state, &idle), expected, "{state:?}");
+            assert!(!is_quiet(state, &stream()), "{state:?}, with bytes under way");
         }
         let late = TcpStreamEntry { rcv_wup: Some(1009), ..idle };
-        assert!(!quiet(State::Established, &late), "an acknowledgement is due");
+        assert!(!is_quiet(State::Established, &late), "an acknowledgement is due");
     }
 
     #[test]
