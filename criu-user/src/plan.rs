@@ -23,6 +23,8 @@ pub enum Why {
     At(&'static str, u64),
     /// Something between two addresses.
     Range(&'static str, u64, u64),
+    /// A descriptor's number, the file that it stands for, and what kind that is of.
+    Descriptor(u32, u32, &'static str),
 }
 
 impl fmt::Display for Why {
@@ -32,6 +34,7 @@ impl fmt::Display for Why {
             Why::Number(what, number) => write!(f, "{what} {number}"),
             Why::At(what, start) => write!(f, "{what} {start:#x}"),
             Why::Range(what, start, end) => write!(f, "{what} {start:#x}-{end:#x}"),
+            Why::Descriptor(fd, file, kind) => write!(f, "descriptor {fd} is file {file} ({kind})"),
         }
     }
 }
@@ -410,6 +413,11 @@ impl Opened {
     /// Adds the next file.
     pub fn push(&mut self, file: OwnedFd) {
         self.files.push(Some(file));
+    }
+
+    /// Closes all.
+    pub fn close(&mut self) {
+        self.keep_only(&[]);
     }
 
     /// Closes all but these.

@@ -37,6 +37,8 @@ pub struct RestoreOptions {
     pub shell_job: bool,
     /// Whether the root becomes a child of the engine's parent.
     pub sibling: bool,
+    /// Whether the engine ends when the tree runs.
+    pub detached: bool,
     /// Whether the tree stays stopped.
     pub leave_stopped: bool,
     /// Whether changed files are accepted.
@@ -119,6 +121,11 @@ pub fn restore(options: &RestoreOptions, observer: &dyn Observer) -> Result<Summ
     let pid = execute::execute(&plan, options, observer)?;
     let total = begin.elapsed();
     let summary = Summary { pid: pid.as_raw(), tasks: plan.tasks.len(), calls, bytes_filled: memory, planning, total };
+    // To take a large plan apart piece by piece is a tenth of a restore, the more so as its pages are shared with the
+    // tree: each would be copied first. Who ends leaves all of it to the kernel.
+    if options.detached {
+        std::mem::forget(plan);
+    }
     let stats = StatsEntry {
         dump: None,
         restore: Some(RestoreStatsEntry {

@@ -3,7 +3,10 @@
 //!
 //! `E2E_CYCLES` says how often a stream is moved (5 times if it does not).
 
-use std::fs;
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
 
 use e2e::{Row, Survey};
 
@@ -25,8 +28,9 @@ enum Slow {
     Peer,
 }
 
-/// Moves the program, with the stream going on, and compares what was sent with what has come.
-fn moved(network: &Network, family: &str, options: u8, slow: Slow) {
+/// Moves the program, with the stream going on, and compares what was sent with what has come. Gives for how long the
+/// stream stood still after each move.
+fn moved(network: &Network, family: &str, options: u8, slow: Slow) -> Vec<Duration> {
     for (name, bit) in [("timestamps", TIMESTAMPS), ("sack", SACK), ("window_scaling", SCALING)] {
         network.set(&format!("net.ipv4.tcp_{name}"), if options & bit != 0 { "1" } else { "0" });
     }
@@ -39,15 +43,19 @@ fn moved(network: &Network, family: &str, options: u8, slow: Slow) {
     let (program, peer) = (own(Slow::Program), own(Slow::Peer));
     let mut pair = Pair::across(network, "stream", family, cycles(), [&program, &peer]);
     let row = kept(&Row::ours(Survey::Ebpf));
-    for _ in 0..cycles() {
+    let pauses = (0..cycles()).map(|_| {
         move_once(&row, &pair.program);
+        let begin = Instant::now();
         pair.program.next();
-    }
+        begin.elapsed()
+    });
+    let pauses = pauses.collect();
     let totals = [&pair.program, &pair.peer].map(|program| program.file("totals"));
     pair.end_both();
     let [program, peer] = totals.map(|path| fs::read_to_string(path).expect("how much was sent and received"));
     let (sent, received) = program.split_once(' ').expect("two numbers");
     assert_eq!(peer, format!("{received} {sent}"), "what the peer sent and received");
+    pauses
 }
 
 fn agreed(number: u8, options: u8, slow: Slow) {
@@ -108,7 +116,11 @@ fn slow_peer_mapped() {
 
 fn with_losses(number: u8, family: &str, options: u8) {
     let network = Network::lossy(number);
-    moved(&network, family, options, Slow::Nobody);
+    let mut pauses = moved(&network, family, options, Slow::Nobody);
+    // A socket that knows of no round-trip time sends nothing again before three seconds are over.
+    pauses.sort();
+    let usual = pauses.get(pauses.len() / 2);
+    assert!(usual.is_none_or(|&pause| pause < Duration::from_secs(2)), "the stream stood still for {pauses:?}");
     let (late, lost) = network.troubles();
     assert!(late > 100 && lost > 0, "of {} packets {lost} were lost: that is no test", late + lost);
 }

@@ -141,6 +141,7 @@ fn options(args: &RestoreArgs) -> Result<RestoreOptions, CliError> {
         tcp_established: args.tcp_established,
         network_lock: args.network_lock,
         sibling: args.restore_sibling,
+        detached: args.restore_detached || args.exec_cmd,
         leave_stopped: args.leave_stopped,
         skip_file_validation: args.skip_file_validation,
         host_clock: args.clock == "host",

@@ -233,7 +233,7 @@ impl Run<'_> {
                 warn!(%err, "{} did not work", resumption.deed.describe());
             }
         }
-        self.opened = Opened::default();
+        self.opened.close();
     }
 
     /// Processes get their memory before they fork: generation by generation.

@@ -1,11 +1,11 @@
 //! Opening the files of a plan, one after the other; many that need no other are opened by several threads.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use tracing::debug;
 
 use super::ExecuteError;
-use crate::kernel::fd::duplicate_above;
+use crate::kernel::fd::{close_all, duplicate_above, make_room, take_below};
 use crate::kernel::{SysResult, parallel};
 use crate::observer::Observer;
 use crate::plan::{Apart, Opened, Opener, Plan};
@@ -32,7 +32,7 @@ pub fn open_all(plan: &Plan, images: Option<i32>, observer: &dyn Observer) -> Re
             rest = others;
             continue;
         }
-        for (file, opener) in beside_each_other(&many, plan.first_free_fd)?.into_iter().zip(rest) {
+        for (file, opener) in beside_each_other(&many, opened.len(), plan.first_free_fd)?.into_iter().zip(rest) {
             opened.push(file.map_err(|source| failed(opener.as_ref(), source))?);
         }
         rest = &rest[many.len()..];
@@ -44,11 +44,15 @@ fn failed(opener: &dyn Opener, source: Failure) -> ExecuteError {
     ExecuteError::Open { what: opener.describe(), source }
 }
 
-fn beside_each_other(many: &[&dyn Apart], lowest: i32) -> SysResult<Vec<Result<OwnedFd, Failure>>> {
+fn beside_each_other(many: &[&dyn Apart], opened: usize, lowest: i32) -> SysResult<Vec<Result<OwnedFd, Failure>>> {
     let open = |opener: &&dyn Apart| {
         let file = opener.open()?;
-        Ok(duplicate_above(&file, lowest)?)
+        if file.as_raw_fd() >= lowest { Ok(file) } else { Ok(duplicate_above(&file, lowest)?) }
     };
+    make_room(lowest + opened as i32 + many.len() as i32);
+    // Where all numbers below are taken, no file need be moved.
+    let taken = if lowest as usize <= many.len() * 2 { take_below(lowest)? } else { Vec::new() };
     let files = parallel::share(many, |part| part.iter().map(open).collect::<Vec<_>>());
+    close_all(taken);
     Ok(files.into_iter().flatten().collect())
 }

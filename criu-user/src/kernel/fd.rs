@@ -77,6 +77,30 @@ pub fn reopen(fd: impl AsFd, flags: i32) -> SysResult<OwnedFd> {
     open(path.as_str(), flags, nix::sys::stat::Mode::empty()).map_err(|e| SysError::new("open", path, e))
 }
 
+/// Makes the table of descriptors large enough for this number, while only one thread uses it: once several do, the
+/// kernel lets it grow after a grace period of RCU only (`expand_fdtable` of fs/file.c), which is ten milliseconds and more.
+/// Where the number is beyond the limit, whoever needs it is told.
+pub fn make_room(number: i32) {
+    if let Ok(any) = any() {
+        let _ = duplicate_above(&any, number);
+    }
+}
+
+/// Takes all numbers below this one that are free, so that new descriptors are at or above it; give them back with
+/// [`close_all`].
+pub fn take_below(number: i32) -> SysResult<Vec<OwnedFd>> {
+    let mut taken = vec![any()?];
+    while let Some(last) = taken.last().filter(|last| last.as_raw_fd() < number) {
+        taken.push(duplicate_above(last, 0)?);
+    }
+    Ok(taken)
+}
+
+/// A descriptor of nothing in particular.
+fn any() -> SysResult<OwnedFd> {
+    nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map(|(end, _)| end).during("pipe2", "the engine")
+}
+
 /// A duplicate of a descriptor that whoever started us has left open under this number.
 pub fn inherited(number: i32) -> SysResult<OwnedFd> {
     // SAFETY: fcntl takes numbers only, and says so if there is no such descriptor.

@@ -96,6 +96,8 @@ pub struct Info {
     pub waiting: u32,
     /// Of a listening socket: how many may.
     pub backlog: u32,
+    /// The smoothed round-trip time in microseconds; 0 where none was measured.
+    pub rtt: u32,
     /// The window that the peer offers.
     pub snd_wnd: u32,
 }
@@ -115,6 +117,7 @@ pub fn info(fd: impl AsFd) -> SysResult<Info> {
         rcv_wscale: byte(6) >> 4,
         waiting: word(24),
         backlog: word(28),
+        rtt: word(68),
         snd_wnd: word(228),
     })
 }
@@ -220,6 +223,11 @@ pub fn mss_clamp(fd: impl AsFd) -> SysResult<u32> {
 /// Limits the segments that are sent: TCP_MAXSEG. 0 takes the limit away.
 pub fn set_segments(fd: impl AsFd, size: u32) -> SysResult<()> {
     set_number(fd, SOL, libc::TCP_MAXSEG, size as i32)
+}
+
+/// How large the segments are that are sent: TCP_MAXSEG, which says so out of repair mode.
+pub fn segments(fd: impl AsFd) -> SysResult<u32> {
+    mss_clamp(fd)
 }
 
 /// What the next packet's timestamp is counted from: TCP_TIMESTAMP.

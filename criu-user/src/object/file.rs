@@ -24,7 +24,7 @@ use crate::kernel::survey::Descriptor;
 use crate::kernel::sys::{Compare, kcmp};
 use crate::kernel::{self, error::During, pidfd::PidFd, proc};
 use crate::observer::Observer;
-use crate::plan::{Deed, FileRef, Opened, Plan, Stage, TaskRef};
+use crate::plan::{Deed, FileRef, Opened, Plan, Stage, TaskRef, Why};
 
 /// A description as it was found.
 #[derive(Debug)]
@@ -432,7 +432,7 @@ impl Planner<'_> {
             if flags != 0 {
                 self.cloexec.insert((task, entry.fd as i32));
             }
-            let why = format!("descriptor {} is file {} ({})", entry.fd, entry.id, entry.r#type().as_str_name());
+            let why = Why::Descriptor(entry.fd, entry.id, entry.r#type().as_str_name());
             self.plan.push(task, Stage::Files, call!(SYS_dup3(file, entry.fd, flags), why));
             kept.push(entry.fd);
         }

@@ -109,8 +109,8 @@ impl FileKind for Inet {
     }
 
     fn plan(&self, entry: &FileEntry, cx: &mut Planner<'_>) -> Result<FileRef, ObjectError> {
-        let isk =
-            entry.isk.as_ref().ok_or_else(|| ObjectError::contradiction(format!("file {} is empty", entry.id)))?;
+        let empty = || ObjectError::contradiction(format!("file {} is empty", entry.id));
+        let isk = &Arc::new(InetSkEntry::clone(entry.isk.as_ref().ok_or_else(empty)?));
         let words = if isk.family as i32 == libc::AF_INET6 { 4 } else { 1 };
         if isk.src_addr.len() < words || isk.dst_addr.len() < words {
             return Err(ObjectError::contradiction(format!("socket {} has no whole address", isk.ino)));
@@ -124,7 +124,7 @@ impl FileKind for Inet {
             });
         }
         let fresh = cx.shelf.get::<Kinds>().of(isk);
-        let file = cx.plan.open(Make { entry: isk.clone(), revival: revival.clone(), fresh });
+        let file = cx.plan.open(Make { entry: Arc::clone(isk), revival: revival.clone(), fresh });
         match revival {
             Some(revival) => revival.plan(file, cx),
             None => cx.plan.after(Stage::Groups, Reuse { file, address: isk.opts.reuseaddr(), flags: isk.flags }),
@@ -198,7 +198,7 @@ fn address(family: u32, words: &[u32], port: u32, scope: u32) -> Vec<u8> {
 /// Makes an internet socket.
 #[derive(Debug)]
 struct Make {
-    entry: Box<InetSkEntry>,
+    entry: Arc<InetSkEntry>,
     /// Of a connection that is kept.
     revival: Option<Arc<Revival>>,
     /// What it has without our doing.

@@ -180,6 +180,10 @@ pub fn restore_buffers(fd: impl AsFd, opts: &SkOptsEntry) -> SysResult<()> {
     // The kernel doubles what it is given.
     set_number(fd, SOL, libc::SO_SNDBUFFORCE, (opts.so_sndbuf / 2) as i32)?;
     set_number(fd, SOL, libc::SO_RCVBUFFORCE, (opts.so_rcvbuf / 2) as i32)?;
+    restore_locks(fd, opts)
+}
+
+fn restore_locks(fd: BorrowedFd<'_>, opts: &SkOptsEntry) -> SysResult<()> {
     let Some(locks) = opts.so_buf_lock else { return Ok(()) };
     match set_number(fd, SOL, SO_BUF_LOCK, (locks & BUF_LOCK_MASK) as i32) {
         // MPTCP only tells it.
@@ -190,11 +194,16 @@ pub fn restore_buffers(fd: impl AsFd, opts: &SkOptsEntry) -> SysResult<()> {
 
 /// The same for a socket whose buffers are as in `now`: sets only what differs.
 pub fn restore_buffers_over(fd: impl AsFd, opts: &SkOptsEntry, now: &SkOptsEntry) -> SysResult<()> {
+    let fd = fd.as_fd();
     let locks = |o: &SkOptsEntry| o.so_buf_lock.unwrap_or(0) & BUF_LOCK_MASK;
-    if (opts.so_sndbuf, opts.so_rcvbuf, locks(opts)) == (now.so_sndbuf, now.so_rcvbuf, locks(now)) {
-        return Ok(());
+    let [send, receive] = [opts.so_sndbuf != now.so_sndbuf, opts.so_rcvbuf != now.so_rcvbuf];
+    if send {
+        set_number(fd, SOL, libc::SO_SNDBUFFORCE, (opts.so_sndbuf / 2) as i32)?;
     }
-    restore_buffers(fd, opts)
+    if receive {
+        set_number(fd, SOL, libc::SO_RCVBUFFORCE, (opts.so_rcvbuf / 2) as i32)?;
+    }
+    if send || receive || locks(opts) != locks(now) { restore_locks(fd, opts) } else { Ok(()) }
 }
 
 /// The sizes of its buffers that a socket has just now, and that the kernel adapts both.

@@ -71,6 +71,13 @@ pub enum Step {
     Fin,
     /// A packet to us, as if from the peer.
     FromPeer(Segment),
+    /// A byte that was acknowledged long ago, in the send queue.
+    Acknowledged,
+    /// The peer's acknowledgement of that byte, which gives back this timestamp: by it the kernel knows how long a
+    /// round trip takes.
+    Sample(Segment, u32),
+    /// These of the data are sent to the peer once more, from the segment's number on, with this timestamp.
+    Again(Segment, Range<usize>, Option<u32>),
     /// What is queued goes out now.
     Push,
     /// A packet to the peer.
@@ -86,8 +93,14 @@ pub struct Course {
     pub release: Vec<Step>,
     /// When packets pass again.
     pub resume: Vec<Step>,
-    /// Whether nobody waits for anything: `resume` can be left out if no packet was held meanwhile.
-    pub quiet: bool,
+}
+
+/// Whether nobody waits for anything: nothing is under way, nothing is to be sent, and all that came was acknowledged.
+/// Then `resume` can be left out if no packet was held meanwhile.
+pub fn is_quiet(state: State, stream: &TcpStreamEntry) -> bool {
+    matches!(state, State::Established | State::CloseWait | State::FinWait2)
+        && stream.outq_len == 0
+        && stream.rcv_wup == Some(stream.inq_seq)
 }
 
 impl Course {
@@ -106,7 +119,6 @@ impl Course {
             course.release.push(Step::Write(unsent));
         }
         course.close(state, &from);
-        course.quiet = from.are_quiet(state);
         if state != State::Close {
             course.resume.extend(from.nudges(state));
             course.resume.push(Step::Push);
@@ -155,11 +167,14 @@ const SEGMENTS_MAX: u32 = 32767;
 
 /// A connected socket in repair mode, with everything in its queues that was sent or received.
 fn connected(state: State, stream: &TcpStreamEntry, numbers: Numbers) -> Vec<Step> {
+    let received = stream.inq_len as usize;
+    let sent = received..received + (stream.outq_len - stream.unsq_len()) as usize;
+    let echo = echo(stream).filter(|_| !sent.is_empty());
     let mut steps = vec![
         Step::Repair(Repair::On),
         Step::Bind,
         Step::Begin(Queue::Receive, numbers.received_from),
-        Step::Begin(Queue::Send, numbers.sent_from),
+        Step::Begin(Queue::Send, numbers.sent_from.wrapping_sub(echo.is_some().into())),
         // The kernel works out how large segments are when it connects, and by what was agreed on only if it is told
         // now (tcp_connect_init in net/ipv4/tcp_output.c): else they would stay at the 536 bytes that everybody takes.
         Step::Segments(stream.mss_clamp.min(SEGMENTS_MAX)),
@@ -168,16 +183,33 @@ fn connected(state: State, stream: &TcpStreamEntry, numbers: Numbers) -> Vec<Ste
         Step::Agree(negotiated(stream)),
     ];
     steps.extend(stream.timestamp.map(Step::Timestamp));
-    let received = stream.inq_len as usize;
-    let sent = received..received + (stream.outq_len - stream.unsq_len()) as usize;
     if received > 0 {
         steps.push(Step::Fill(Queue::Receive, 0..received));
+    }
+    if echo.is_some() {
+        steps.push(Step::Acknowledged);
     }
     if !sent.is_empty() {
         steps.push(Step::Fill(Queue::Send, sent));
     }
+    if let Some(echo) = echo {
+        steps.push(Step::Sample(Packets { numbers, stream }.ack_of_data(), echo));
+    }
     steps.extend(window(state, stream).map(Step::Window));
     steps
+}
+
+/// The lowest bit of TCP_TIMESTAMP is none of the time: it says that timestamps are in microseconds.
+const MICROSECONDS: u32 = 1;
+
+/// The timestamp that a packet gives back which has taken as long as they did before. A connection that is made in repair
+/// mode has no round-trip time: what is lost of it would be sent again after three seconds (TCP_TIMEOUT_FALLBACK in
+/// `tcp_init_metrics` of net/ipv4/tcp_metrics.c), then after six. The kernel measures by what is acknowledged, and of data
+/// that was put into the queue in repair mode by timestamps only.
+fn echo(stream: &TcpStreamEntry) -> Option<u32> {
+    let stamp = stream.timestamp?;
+    let ticks = if stamp & MICROSECONDS != 0 { stream.rtt? } else { stream.rtt?.div_ceil(1000) };
+    Some((stamp & !MICROSECONDS).wrapping_sub(ticks))
 }
 
 fn option(stream: &TcpStreamEntry, option: u8) -> bool {
@@ -213,13 +245,6 @@ struct Packets<'a> {
 }
 
 impl Packets<'_> {
-    /// Whether nothing is under way, nothing is to be sent, and all that came was acknowledged.
-    fn are_quiet(&self, state: State) -> bool {
-        matches!(state, State::Established | State::CloseWait | State::FinWait2)
-            && self.stream.outq_len == 0
-            && self.stream.rcv_wup == Some(self.stream.inq_seq)
-    }
-
     /// The window that the peer offers, as it stands in its packets.
     fn peers_window(&self) -> u16 {
         scaled(self.stream.snd_wnd.unwrap_or(u16::MAX.into()), self.stream.snd_wscale)
@@ -237,22 +262,32 @@ impl Packets<'_> {
         Segment { flag: Flag::None, seq, ack, window: self.peers_window() }
     }
 
+    /// The peer's acknowledgement of all before our data that it has not acknowledged.
+    fn ack_of_data(&self) -> Segment {
+        Segment { flag: Flag::None, ..self.peer_fin() }
+    }
+
     /// The peer's word that it knows of no connection.
     fn reset(&self) -> Segment {
         Segment { flag: Flag::Reset, ..self.peer_fin() }
     }
 
     /// What tells the peer that we are there. It acknowledges everything once more, as the first acknowledgement may
-    /// have been dropped by the gate, and what the peer could not send meanwhile it sends now. Where something of ours
-    /// is on its way, a further packet with an old number makes the peer say how much of it has come.
+    /// have been dropped by the gate, and what the peer could not send meanwhile it sends now. What of ours is on its way
+    /// is sent once more: the peer says how much of it has come, and is not kept waiting for what the gate has dropped.
     fn nudges(&self, state: State) -> Vec<Step> {
         let fin = u32::from(state == State::FinWait2);
         let ack = self.numbers.received_to.wrapping_add(state.has_received_fin().into());
         let window = scaled(self.stream.rcv_wnd.unwrap_or(u16::MAX.into()), self.stream.rcv_wscale());
         let segment = |seq: u32| Step::ToPeer(Segment { flag: Flag::None, seq, ack, window });
         let mut steps = vec![segment(self.numbers.sent_to.wrapping_add(fin))];
-        if self.numbers.sent_from != self.numbers.sent_to {
-            steps.push(segment(self.numbers.sent_from.wrapping_sub(1)));
+        let received = self.stream.inq_len as usize;
+        let sent = received..received + (self.stream.outq_len - self.stream.unsq_len()) as usize;
+        if !sent.is_empty() {
+            let first = Segment { flag: Flag::None, seq: self.numbers.sent_from, ack, window };
+            // Not before any that the peer has seen, and not behind those that the socket begins with.
+            let stamp = self.stream.timestamp.map(|stamp| stamp | MICROSECONDS);
+            steps.push(Step::Again(first, sent, stamp));
         }
         steps
     }
@@ -284,7 +319,7 @@ mod tests {
             snd_wscale: 7,
             rcv_wscale: Some(8),
             mss_clamp: 1460,
-            timestamp: Some(77),
+            timestamp: Some(76),
             snd_wl1: Some(1010),
             snd_wnd: Some(65535),
             max_window: Some(65535),
@@ -328,7 +363,7 @@ mod tests {
             Step::Connect,
             Step::Segments(0),
             Step::Agree(agreed),
-            Step::Timestamp(77),
+            Step::Timestamp(76),
             Step::Fill(Queue::Receive, 0..10),
             Step::Fill(Queue::Send, 10..20),
             Step::Window(window),
@@ -336,7 +371,22 @@ mod tests {
         assert_eq!(course.make, make);
         assert_eq!(course.release, [Step::Repair(Repair::Off), Step::Write(20..40)]);
         let nudge = |seq| Step::ToPeer(Segment { flag: Flag::None, seq, ack: 1010, window: 2 });
-        assert_eq!(course.resume, [nudge(2010), nudge(1999), Step::Push]);
+        let again = Segment { flag: Flag::None, seq: 2000, ack: 1010, window: 2 };
+        assert_eq!(course.resume, [nudge(2010), Step::Again(again, 10..20, Some(77)), Step::Push]);
+    }
+
+    #[test]
+    fn round_trips_take_as_long_as_they_did() {
+        let course = Course::of(State::Established, &TcpStreamEntry { rtt: Some(12_300), ..stream() }).unwrap();
+        assert!(course.make.contains(&Step::Begin(Queue::Send, 1999)), "{:?}", course.make);
+        let ack = Segment { flag: Flag::None, seq: 1010, ack: 2000, window: 511 };
+        let place = course.make.iter().position(|step| *step == Step::Acknowledged).unwrap();
+        let next = [Step::Fill(Queue::Send, 10..20), Step::Sample(ack, 76 - 13)];
+        assert_eq!(course.make[place + 1..place + 3], next);
+        let idle = TcpStreamEntry { outq_len: 0, unsq_len: Some(0), rtt: Some(12_300), ..stream() };
+        assert!(!Course::of(State::Established, &idle).unwrap().make.contains(&Step::Acknowledged));
+        assert_eq!(echo(&TcpStreamEntry { timestamp: Some(100_001), rtt: Some(500), ..stream() }), Some(99_500));
+        assert_eq!(echo(&stream()), None);
     }
 
     #[test]
@@ -377,14 +427,13 @@ mod tests {
     #[test]
     fn who_waits_for_nothing_is_quiet() {
         let idle = TcpStreamEntry { outq_len: 0, unsq_len: Some(0), ..stream() };
-        let quiet = |state, stream: &TcpStreamEntry| Course::of(state, stream).unwrap().quiet;
         for state in State::ALL {
             let expected = matches!(state, State::Established | State::CloseWait | State::FinWait2);
-            assert_eq!(quiet(state, &idle), expected, "{state:?}");
-            assert!(!quiet(state, &stream()), "{state:?}, with bytes under way");
+            assert_eq!(is_quiet(state, &idle), expected, "{state:?}");
+            assert!(!is_quiet(state, &stream()), "{state:?}, with bytes under way");
         }
         let late = TcpStreamEntry { rcv_wup: Some(1009), ..idle };
-        assert!(!quiet(State::Established, &late), "an acknowledgement is due");
+        assert!(!is_quiet(State::Established, &late), "an acknowledgement is due");
     }
 
     #[test]

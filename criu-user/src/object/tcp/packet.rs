@@ -1,10 +1,10 @@
-//! The packets with which sockets are put into their state, IP header included: TCP segments without data, and what
-//! waits in UDP sockets.
+//! The packets with which sockets are put into their state, IP header included: TCP segments, and what waits in UDP
+//! sockets.
 
 use std::net::SocketAddr;
 
 use etherparse::checksum::Sum16BitWords;
-use etherparse::{IpHeaders, IpNumber, PacketBuilder, PacketBuilderStep};
+use etherparse::{IpHeaders, IpNumber, PacketBuilder, PacketBuilderStep, TcpOptionElement};
 
 use super::course::{Flag, Segment};
 use super::ends::Ends;
@@ -15,6 +15,16 @@ const TTL: u8 = 64;
 /// The bytes of a segment from `ends.local` to `ends.remote`. Timestamps are left out: a receiver takes a packet without
 /// any for one that cannot be old.
 pub fn build(ends: &Ends, segment: &Segment) -> Result<Vec<u8>, TcpError> {
+    build_with(ends, segment, None, &[])
+}
+
+/// The same with data, and with timestamps: the sender's own, and the one that it gives back.
+pub fn build_with(
+    ends: &Ends,
+    segment: &Segment,
+    stamps: Option<(u32, u32)>,
+    data: &[u8],
+) -> Result<Vec<u8>, TcpError> {
     let ends = ends.on_the_wire();
     let mut tcp = ip(&ends)?.tcp(ends.local.port(), ends.remote.port(), segment.seq, segment.window).ack(segment.ack);
     tcp = match segment.flag {
@@ -22,8 +32,13 @@ pub fn build(ends: &Ends, segment: &Segment) -> Result<Vec<u8>, TcpError> {
         Flag::Fin => tcp.fin(),
         Flag::Reset => tcp.rst(),
     };
-    let mut bytes = Vec::with_capacity(tcp.size(0));
-    tcp.write(&mut bytes, &[]).map_err(|e| failed(&ends, e.to_string()))?;
+    if let Some((own, echo)) = stamps {
+        // As every other sender aligns them.
+        let words = [TcpOptionElement::Noop, TcpOptionElement::Noop, TcpOptionElement::Timestamp(own, echo)];
+        tcp = tcp.options(&words).map_err(|e| failed(&ends, e.to_string()))?;
+    }
+    let mut bytes = Vec::with_capacity(tcp.size(data.len()));
+    tcp.write(&mut bytes, data).map_err(|e| failed(&ends, e.to_string()))?;
     Ok(bytes)
 }
 
@@ -92,6 +107,17 @@ mod tests {
         assert_eq!((tcp.source_port(), tcp.destination_port()), (ends.local.port(), ends.remote.port()));
         assert_eq!((tcp.sequence_number(), tcp.acknowledgment_number(), tcp.window_size()), (7, u32::MAX, 512));
         assert!(tcp.fin() && tcp.ack() && !tcp.syn() && !tcp.rst());
+    }
+
+    #[test]
+    fn data_and_timestamps() {
+        let ends = Ends { local: "10.0.0.1:80".parse().unwrap(), remote: "10.0.0.2:4000".parse().unwrap() };
+        let segment = Segment { flag: Flag::None, seq: 7, ack: 8, window: 512 };
+        let bytes = build_with(&ends, &segment, Some((70, 60)), b"again").unwrap();
+        let Some(TransportSlice::Tcp(tcp)) = SlicedPacket::from_ip(&bytes).unwrap().transport else { panic!("no TCP") };
+        assert_eq!(tcp.payload(), b"again");
+        let stamps = tcp.options_iterator().any(|option| option == Ok(TcpOptionElement::Timestamp(70, 60)));
+        assert!(stamps, "{:?}", tcp.options());
     }
 
     #[test]

@@ -118,6 +118,7 @@ fn read_once(fd: BorrowedFd<'_>, room: &mut Vec<u8>) -> Result<Connection, TcpEr
         rcv_wscale: scaled.then_some(info.rcv_wscale.into()),
         mss_clamp: tcp::mss_clamp(fd)?,
         timestamp: if stamped { Some(tcp::timestamp(fd)?) } else { None },
+        rtt: (info.rtt != 0).then_some(info.rtt),
         ..TcpStreamEntry::default()
     };
     // An error that the program has not seen yet. Asking which would take it away; there are few others than a reset.

@@ -51,6 +51,26 @@ impl Wire {
         socket::send(self.socket(family, pass)?, packet, &Extra { to: &sockaddr(to), ..Extra::default() }).map(drop)
     }
 
+    /// Sends data that was sent already, in segments of at most this size.
+    fn resend(
+        &self,
+        ends: &Ends,
+        first: &Segment,
+        stamp: Option<u32>,
+        size: usize,
+        data: &[u8],
+    ) -> Result<(), TcpError> {
+        /// About as many as were on their way together.
+        const MOST: usize = 64;
+        let mut segment = *first;
+        for piece in data.chunks(size.max(1)).take(MOST) {
+            let packet = packet::build_with(ends, &segment, stamp.map(|own| (own, 0)), piece)?;
+            self.send(&packet, ends.on_the_wire().remote, Pass::Plain)?;
+            segment.seq = segment.seq.wrapping_add(piece.len() as u32);
+        }
+        Ok(())
+    }
+
     /// Sends a segment as if from `ends.local`.
     fn inject(&self, ends: &Ends, segment: &Segment, pass: Pass) -> Result<(), TcpError> {
         Ok(self.send(&packet::build(ends, segment)?, ends.on_the_wire().remote, pass)?)
@@ -86,6 +106,20 @@ fn perform_one(made: BorrowedFd<'_>, ends: &Ends, data: &[u8], step: &Step, wire
         Step::Write(range) => tcp::append(made, data.get(range.clone()).unwrap_or_default())?,
         Step::Fin => socket::shutdown(made, libc::SHUT_WR)?,
         Step::FromPeer(segment) => wire.inject(&ends.swapped(), segment, Pass::Marked)?,
+        Step::Acknowledged => {
+            tcp::choose_queue(made, Queue::Send)?;
+            tcp::append(made, &[0])?;
+        }
+        Step::Sample(segment, echo) => {
+            let ends = ends.swapped();
+            // 0 is none that could be newer than the peer's own.
+            let packet = packet::build_with(&ends, segment, Some((0, *echo)), &[])?;
+            wire.send(&packet, ends.on_the_wire().remote, Pass::Marked)?;
+        }
+        Step::Again(first, range, stamp) => {
+            let size = tcp::segments(made)? as usize;
+            wire.resend(ends, first, *stamp, size, data.get(range.clone()).unwrap_or_default())?;
+        }
         Step::Push => tcp::push(made)?,
         // The gate is open: no mark is needed.
         Step::ToPeer(segment) => wire.inject(ends, segment, Pass::Plain)?,

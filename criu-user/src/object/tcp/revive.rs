@@ -1,12 +1,13 @@
 //! A connection in a plan of a restore: what is done with its socket when.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::course::Step;
 use super::rebuild::{Wire, perform};
-use super::{Course, Ends, State, streams};
-use crate::image::proto::InetSkEntry;
+use super::state::Numbers;
+use super::{Course, Ends, State, course, streams};
+use crate::image::proto::{InetSkEntry, TcpStreamEntry};
 use crate::kernel::{fd, socket};
 use crate::object::file::Planner;
 use crate::object::{ObjectError, sockopt};
@@ -22,15 +23,17 @@ const DISCARD: u16 = 9;
 pub struct Revival {
     ends: Ends,
     state: State,
-    course: Course,
+    stream: TcpStreamEntry,
+    /// What is left of the course when the socket is there.
+    left: OnceLock<Course>,
     data: Vec<u8>,
-    entry: InetSkEntry,
+    entry: Arc<InetSkEntry>,
     wire: Arc<Wire>,
 }
 
 impl Revival {
     /// What the images say of a connection; `None` where they have none of this socket.
-    pub fn read(entry: &InetSkEntry, scope: u32, cx: &mut Planner<'_>) -> Result<Option<Self>, ObjectError> {
+    pub fn read(entry: &Arc<InetSkEntry>, scope: u32, cx: &mut Planner<'_>) -> Result<Option<Self>, ObjectError> {
         let Some(state) = State::of_number(entry.state) else { return Ok(None) };
         let contradiction =
             |what: String| ObjectError::contradiction(format!("the connection of socket {}: {what}", entry.ino));
@@ -41,8 +44,16 @@ impl Revival {
             ends.remote.set_ip(ends.local.ip());
             ends.remote.set_port(DISCARD);
         }
-        let course = Course::of(state, &stream).map_err(|e| contradiction(e.to_string()))?;
-        Ok(Some(Self { ends, state, course, data, entry: entry.clone(), wire: Arc::clone(cx.shelf.get()) }))
+        Numbers::of(state, &stream).map_err(|e| contradiction(e.to_string()))?;
+        Ok(Some(Self {
+            ends,
+            state,
+            stream,
+            left: OnceLock::new(),
+            data,
+            entry: Arc::clone(entry),
+            wire: Arc::clone(cx.shelf.get()),
+        }))
     }
 
     /// For a reader.
@@ -61,7 +72,18 @@ impl Revival {
                 socket::set_number(made, libc::SOL_SOCKET, name, room)?;
             }
         }
-        self.steps(made.as_fd(), &self.course.make)
+        let mut course = Course::of(self.state, &self.stream)?;
+        self.steps(made.as_fd(), &std::mem::take(&mut course.make))?;
+        self.left.get_or_init(|| course);
+        // What has nothing in its queues need not wait for that.
+        if self.data.is_empty() {
+            sockopt::restore_buffers_over(made, &self.entry.opts, &sockopt::adapted_buffers(made)?)?;
+        }
+        Ok(())
+    }
+
+    fn left(&self) -> Result<&Course, Failure> {
+        self.left.get().ok_or_else(|| "the socket was not made".into())
     }
 
     fn steps(&self, made: BorrowedFd<'_>, steps: &[Step]) -> Result<(), Failure> {
@@ -73,9 +95,7 @@ impl Revival {
         /// Flags that a new socket can be given at once.
         const AT_ONCE: u32 = (libc::O_ACCMODE | libc::O_NONBLOCK) as u32;
         let entry = &self.entry;
-        if self.data.is_empty() {
-            sockopt::restore_buffers_over(made, &entry.opts, &sockopt::adapted_buffers(made)?)?;
-        } else {
+        if !self.data.is_empty() {
             sockopt::restore_buffers(made, &entry.opts)?;
         }
         if entry.opts.reuseaddr() {
@@ -94,7 +114,8 @@ impl Revival {
         connections.files.push(file);
         connections.release.push(Box::new(Release { file, revival: Arc::clone(self) }));
         let resume = Box::new(Resume { file, revival: Arc::clone(self) });
-        connections.resume.push(Resumption { of: self.ends.key(), quiet: self.course.quiet, deed: resume });
+        let quiet = course::is_quiet(self.state, &self.stream);
+        connections.resume.push(Resumption { of: self.ends.key(), quiet, deed: resume });
     }
 }
 
@@ -112,7 +133,7 @@ impl Deed for Release {
 
     fn run(&self, opened: &Opened) -> Result<(), Failure> {
         let Some(file) = opened.get(self.file) else { return Err("the socket is not open".into()) };
-        self.revival.steps(file.as_fd(), &self.revival.course.release)?;
+        self.revival.steps(file.as_fd(), &self.revival.left()?.release)?;
         self.revival.settle(file)
     }
 }
@@ -131,6 +152,6 @@ impl Deed for Resume {
 
     fn run(&self, opened: &Opened) -> Result<(), Failure> {
         let Some(file) = opened.get(self.file) else { return Err("the socket is not open".into()) };
-        self.revival.steps(file.as_fd(), &self.revival.course.resume)
+        self.revival.steps(file.as_fd(), &self.revival.left()?.resume)
     }
 }
