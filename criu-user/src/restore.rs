@@ -141,15 +141,8 @@ pub fn restore(options: &RestoreOptions, observer: &dyn Observer) -> Result<Summ
     if let Err(objection) = tell(observer, Moment::PostResume, Some(pid)) {
         warn!(pid = summary.pid, "{objection}; the tree runs all the same");
     }
-    if summary.calls > MANY_CALLS {
-        // It takes as long to free them as to make some hundred processes, and a detached restore has ended by then.
-        std::thread::spawn(move || drop(plan.tasks));
-    }
     Ok(summary)
 }
-
-/// So many calls are worth a thread that frees them.
-const MANY_CALLS: usize = 5000;
 
 /// Everything that belongs to one live process.
 struct ProcessImages {
