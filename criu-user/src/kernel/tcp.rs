@@ -225,6 +225,11 @@ pub fn set_segments(fd: impl AsFd, size: u32) -> SysResult<()> {
     set_number(fd, SOL, libc::TCP_MAXSEG, size as i32)
 }
 
+/// Limits the window that is offered: TCP_WINDOW_CLAMP.
+pub fn limit_window(fd: impl AsFd, size: u16) -> SysResult<()> {
+    set_number(fd, SOL, libc::TCP_WINDOW_CLAMP, size.into())
+}
+
 /// How large the segments are that are sent: TCP_MAXSEG, which says so out of repair mode.
 pub fn segments(fd: impl AsFd) -> SysResult<u32> {
     mss_clamp(fd)

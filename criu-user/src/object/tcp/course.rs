@@ -51,6 +51,8 @@ pub enum Step {
     Begin(Queue, u32),
     /// The largest segment to send; 0 for whatever the path takes.
     Segments(u32),
+    /// Windows are never larger than a packet can say without a scale.
+    Unscaled,
     /// connect(2) to the peer's end, in repair mode: at once.
     Connect,
     /// connect(2) to the peer's end, out of repair mode: not waited for.
@@ -178,10 +180,12 @@ fn connected(state: State, stream: &TcpStreamEntry, numbers: Numbers) -> Vec<Ste
         // The kernel works out how large segments are when it connects, and by what was agreed on only if it is told
         // now (tcp_connect_init in net/ipv4/tcp_output.c): else they would stay at the 536 bytes that everybody takes.
         Step::Segments(stream.mss_clamp.min(SEGMENTS_MAX)),
-        Step::Connect,
-        Step::Segments(0),
-        Step::Agree(negotiated(stream)),
     ];
+    // When it connects, the kernel chooses a scale for our windows as well, and keeps it where none was agreed on: the
+    // peer would be offered a hundredth of them. It chooses none for windows that need none, and limits them likewise
+    // where a peer refuses scales (tcp_rcv_synsent_state_process in net/ipv4/tcp_input.c).
+    steps.extend((!option(stream, options::WSCALE)).then_some(Step::Unscaled));
+    steps.extend([Step::Connect, Step::Segments(0), Step::Agree(negotiated(stream))]);
     steps.extend(stream.timestamp.map(Step::Timestamp));
     if received > 0 {
         steps.push(Step::Fill(Queue::Receive, 0..received));
@@ -449,5 +453,8 @@ mod tests {
         let stream = TcpStreamEntry { opt_mask: u32::from(options::SACK), ..stream() };
         let agreed = Negotiated { mss_clamp: 1460, scales: None, sack: true, timestamps: false };
         assert_eq!(negotiated(&stream), agreed);
+        let make = Course::of(State::Established, &stream).unwrap().make;
+        let at = |step: Step| make.iter().position(|made| *made == step);
+        assert!(at(Step::Unscaled) < at(Step::Connect) && make.contains(&Step::Unscaled), "{make:?}");
     }
 }

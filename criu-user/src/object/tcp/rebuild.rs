@@ -89,6 +89,7 @@ fn perform_one(made: BorrowedFd<'_>, ends: &Ends, data: &[u8], step: &Step, wire
         Step::Bind => socket::bind(made, &sockaddr(ends.local))?,
         Step::Begin(queue, seq) => tcp::set_queue_seq(made, *queue, *seq)?,
         Step::Segments(size) => tcp::set_segments(made, *size)?,
+        Step::Unscaled => tcp::limit_window(made, u16::MAX)?,
         Step::Connect => connect(made, ends)?,
         Step::Request => request(made, ends)?,
         Step::Agree(agreed) => tcp::set_negotiated(made, agreed)?,
