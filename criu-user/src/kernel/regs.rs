@@ -65,6 +65,21 @@ pub fn interrupted(regs: &user_regs_struct, signal_waits: bool) -> Interrupted {
     }
 }
 
+/// The `syscall` instruction.
+const SYSCALL: [u8; 2] = [0x0f, 0x05];
+
+/// The same registers as they are in the interruption, for a thread that was let go and has not yet made the
+/// restart_syscall(2) by which its call goes on: stopped again there, it would look as if it ran. In another thread, as a
+/// restore makes it, that call would go on with what interrupted that one last. `code`: what stands at `rip`.
+pub fn before_restart(regs: &user_regs_struct, code: [u8; 2]) -> Option<user_regs_struct> {
+    if regs.rax as i64 != libc::SYS_restart_syscall || code != SYSCALL {
+        return None;
+    }
+    let nr = if (regs.orig_rax as i64) < 0 { libc::SYS_restart_syscall as u64 } else { regs.orig_rax };
+    let rax = (-ERESTART_RESTARTBLOCK) as u64;
+    Some(user_regs_struct { rip: regs.rip + SYSCALL_LEN, rax, orig_rax: nr, ..*regs })
+}
+
 /// The registers with which a thread resumes by itself, without the kernel's restart logic.
 pub fn resumable(regs: &user_regs_struct, signal_waits: bool) -> user_regs_struct {
     let mut home = *regs;
@@ -127,6 +142,20 @@ mod tests {
             fs: 0,
             gs: 0,
         }
+    }
+
+    #[test]
+    fn who_is_about_to_restart_a_call_is_still_in_it() {
+        let found = stopped_in(libc::SYS_futex, -ERESTART_RESTARTBLOCK);
+        let mut home = resumable(&found, false);
+        assert_eq!(before_restart(&home, [0x90, 0x90]), None, "219 is any number");
+        let again = before_restart(&home, SYSCALL).expect("a restart");
+        assert_eq!(interrupted(&again, false), Interrupted::Remainder { nr: libc::SYS_restart_syscall });
+        assert_eq!((again.rip, again.rax), (found.rip, found.rax));
+        // As the kernel leaves it, the call's own number is still there.
+        home.orig_rax = libc::SYS_futex as u64;
+        assert_eq!(before_restart(&home, SYSCALL), Some(found));
+        assert_eq!(before_restart(&found, SYSCALL), None);
     }
 
     #[test]
