@@ -40,7 +40,8 @@ rows! {
             misses += told(&images, "misses");
         }
         if by_ebpf(&row) {
-            assert_eq!(hits + misses, 20);
+            // A map that is being changed at the very moment of reading is not kept: neither the one nor the other.
+            assert!((10..=20).contains(&(hits + misses)), "{hits} hits and {misses} misses of 20");
             assert!(misses > 0, "it maps memory every other millisecond, and nobody has noticed");
         }
         let images = row.next_images(&program);
