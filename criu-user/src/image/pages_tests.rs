@@ -69,7 +69,7 @@ proptest! {
             }).unwrap();
             dir.make_waiting().unwrap();
         }
-        let dir = ImageDir::open(tmp.path().join("0")).unwrap();
+        let dir = opened(&tmp.path().join("0"));
         let map = PageStore::open(&dir).unwrap().process(7).unwrap();
         let wanted: Vec<usize> = (0..24).filter(|&n| dumps[0][n] != Page::Absent).collect();
         let Ok(found) = map.found() else {
@@ -89,6 +89,17 @@ proptest! {
         let model = wanted.iter().map(|&n| (n as u64, resolve(&dumps, n).unwrap())).collect();
         prop_assert_eq!(seen, model);
     }
+}
+
+/// A command that another test has just started may hold what we have closed until it runs.
+fn opened(path: &Path) -> ImageDir {
+    for _ in 0..1000 {
+        match ImageDir::open(path) {
+            Err(ImageError::Busy { .. }) => std::thread::sleep(std::time::Duration::from_millis(5)),
+            other => return other.unwrap(),
+        }
+    }
+    panic!("{} stays busy", path.display());
 }
 
 fn entry(vaddr: u64, pages: u64, flags: u32) -> PagemapEntry {
