@@ -193,6 +193,16 @@ macro_rules! call {
     };
 }
 
+/// The calls by which a task gets a file from the engine, which it has not inherited (or a stand-in for it), under the
+/// number that the engine has for it. `engine`: a pidfd of the engine, among the task's descriptors. pidfd_getfd(2).
+pub fn fetch(engine: Arg, file: FileRef, why: &'static str) -> [Call; 3] {
+    [
+        call!(SYS_pidfd_getfd(engine, file, 0u32), why),
+        call!(SYS_dup3(Arg::Earlier(1), file, libc::O_CLOEXEC), "under the number that the engine has for it"),
+        call!(SYS_close(Arg::Earlier(2)), "it has its place"),
+    ]
+}
+
 /// When a call is made. All tasks finish a stage before any begins the next, but for the stages up to `Tree`, which
 /// are run generation by generation: a process has its memory before it forks, so that children share it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]

@@ -121,8 +121,7 @@ pub fn restore(options: &RestoreOptions, observer: &dyn Observer) -> Result<Summ
     let pid = execute::execute(&plan, options, observer)?;
     let total = begin.elapsed();
     let summary = Summary { pid: pid.as_raw(), tasks: plan.tasks.len(), calls, bytes_filled: memory, planning, total };
-    // To take a large plan apart piece by piece is a tenth of a restore, the more so as its pages are shared with the
-    // tree: each would be copied first. Who ends leaves all of it to the kernel.
+    // To take a large plan apart piece by piece takes its time. Who ends leaves all of it to the kernel.
     if options.detached {
         std::mem::forget(plan);
     }
@@ -209,27 +208,18 @@ fn timens_id(processes: &[ProcessImages]) -> u64 {
     processes.first().and_then(|p| p.ids.time_ns_id).unwrap_or(0).into()
 }
 
-/// Reads the images of many tasks, shared out among our processors.
-fn read_each<T: Sync, R: Send>(
-    items: &[T],
-    read: impl Fn(&T) -> Result<R, RestoreError> + Sync,
-) -> Result<Vec<R>, RestoreError> {
-    let parts = parallel::share(items, |part| part.iter().map(&read).collect::<Result<Vec<R>, _>>());
-    Ok(parts.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect())
-}
-
 fn read_cores(dir: &ImageDir, entries: &[PstreeEntry]) -> Result<HashMap<i32, CoreEntry>, RestoreError> {
     let threads =
         entries.iter().flat_map(|entry| references::threads(entry).iter().map(|&tid| (tid, tid == entry.pid)));
     let mut seen = HashSet::new();
     let threads: Vec<(u32, bool)> = threads.filter(|(tid, _)| seen.insert(*tid)).collect();
-    let cores = read_each(&threads, |&(tid, leads)| {
+    let read = |&(tid, leads): &(u32, bool)| {
         let name = ImageKind::Core.id(tid.into());
         let core: CoreEntry = dir.read_one(name)?;
         references::core(&dir.path_of(name), &core, leads)?;
         Ok((tid as i32, core))
-    })?;
-    Ok(cores.into_iter().collect())
+    };
+    parallel::map(&threads, read).into_iter().collect()
 }
 
 fn read_processes(
@@ -239,24 +229,19 @@ fn read_processes(
 ) -> Result<Vec<ProcessImages>, RestoreError> {
     let core = |entry: &PstreeEntry| &cores[&(entry.pid as i32)];
     let alive: Vec<&PstreeEntry> = entries.iter().filter(|entry| !TaskState::is_gone(core(entry))).collect();
-    let read = read_each(&alive, |entry| {
+    let read = |entry: &&PstreeEntry| -> Result<(MmEntry, FsEntry, TaskKobjIdsEntry), ImageError> {
         let pid = u64::from(entry.pid);
-        let mm: MmEntry = dir.read_one(ImageKind::Mm.id(pid))?;
-        let fs: FsEntry = dir.read_one(ImageKind::Fs.id(pid))?;
         let ids = match &core(entry).ids {
             Some(ids) => *ids,
             None => dir.read_one(ImageKind::Ids.id(pid))?,
         };
-        Ok((mm, fs, ids))
-    })?;
-    let images = |(entry, (mm, fs, ids)): (&PstreeEntry, (MmEntry, FsEntry, TaskKobjIdsEntry))| ProcessImages {
-        entry: entry.clone(),
-        core: core(entry).clone(),
-        mm: Rc::new(mm),
-        fs,
-        ids,
+        Ok((dir.read_one(ImageKind::Mm.id(pid))?, dir.read_one(ImageKind::Fs.id(pid))?, ids))
     };
-    Ok(alive.into_iter().zip(read).map(images).collect())
+    let images = |(entry, read): (&PstreeEntry, Result<_, ImageError>)| {
+        let (mm, fs, ids) = read?;
+        Ok(ProcessImages { entry: entry.clone(), core: core(entry).clone(), mm: Rc::new(mm), fs, ids })
+    };
+    alive.iter().copied().zip(parallel::map(&alive, read)).map(images).collect()
 }
 
 fn plan_process(

@@ -2,7 +2,7 @@
 
 use std::{fs, path::PathBuf};
 
-use e2e::{Program, Workload, proc, rows, workload_rows};
+use e2e::{Look, Program, Workload, proc, rows, workload_rows};
 
 workload_rows! { "tree.py";
     family
@@ -85,6 +85,18 @@ pub(crate) fn survey_name(row: &e2e::Row, version: u32) -> String {
 rows! {
     /// A shell that starts a program after the other.
     executes => |row| row.check_from_inside(&Workload::new("tree.py", "executes"));
+
+    /// What the engine was started to ignore (as by nohup, or in the background of a script) is the engine's own affair.
+    ignored_by_the_engine => |row| {
+        let mut program = Workload::new("tree.py", "family").start();
+        let before = Look::settled(&program);
+        let images = row.dump(&program);
+        let words = row.restorer.restore_words(&images, &row.options);
+        let script = "trap '' HUP INT QUIT USR1; exec \"$@\"";
+        row.restorer.call_by(script, &words, &images, "restore").expect_success();
+        before.compare(&Look::at(&program));
+        program.finish();
+    };
 
     /// The unified hierarchy.
     cgroup_v2 => |row| {

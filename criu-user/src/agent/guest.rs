@@ -18,7 +18,7 @@ use crate::kernel::map::SharedMap;
 use crate::kernel::mem::ProcessMemory;
 use crate::kernel::pidfd::PidFd;
 use crate::kernel::ptrace::{self, Stop};
-use crate::kernel::regs;
+use crate::kernel::regs::{self, is_entry};
 use crate::kernel::{SysError, error::During};
 
 use super::batch::{Arg, Batch, CallId, HEADER, Outcome, Room};
@@ -482,11 +482,6 @@ fn run_home(thread: &Stopped, home: u64) -> Result<(), AgentError> {
             return settle(thread);
         }
     }
-}
-
-/// At the entry of a call the kernel shows -ENOSYS as its result.
-fn is_entry(regs: &libc::user_regs_struct) -> bool {
-    regs.rax as i64 == -(Errno::ENOSYS as i64)
 }
 
 /// Stops a running thread.

@@ -9,6 +9,7 @@ use crate::agent::{AgentError, Batch, Member};
 use crate::kernel::error::During;
 use crate::kernel::mem::ProcessMemory;
 use crate::kernel::ptrace::{self, Stop};
+use crate::kernel::regs::{self, SYSCALL};
 use crate::kernel::survey;
 use crate::observer::{Moment, tell};
 use crate::plan::{Call, Role, Stage, Task};
@@ -109,11 +110,11 @@ impl Run<'_> {
             ptrace::cont_to_syscall(task.tid)?;
         }
         for task in &one_of_each {
-            wait_for_syscall(task.tid, |result| result == ENOSYS)?;
+            wait_for_syscall(task.tid, true)?;
             ptrace::cont_to_syscall(task.tid)?;
         }
         for task in &one_of_each {
-            if wait_for_syscall(task.tid, |result| result != ENOSYS)? != 0 {
+            if wait_for_syscall(task.tid, false)? != 0 {
                 return Err(AgentError::Strayed { tid: task.tid.as_raw(), stop: "munmap failed".into() }.into());
             }
             // The kernel looks for a call to restart on the way out of an interrupt stop, not of this one.
@@ -142,17 +143,14 @@ impl Run<'_> {
     }
 }
 
-/// What the kernel shows as the result of a call that has just begun.
-const ENOSYS: i64 = -(nix::errno::Errno::ENOSYS as i64);
-
-/// Waits until a thread stands at a system call, with such a result, and gives that.
-fn wait_for_syscall(tid: Pid, is_wanted: impl Fn(i64) -> bool) -> Result<i64, ExecuteError> {
+/// Waits until a thread stands at the entry of a system call, or at its exit, and gives its result.
+fn wait_for_syscall(tid: Pid, at_entry: bool) -> Result<u64, ExecuteError> {
     loop {
         match ptrace::wait(tid)? {
             Stop::Syscall => {
-                let result = ptrace::regs(tid)?.rax as i64;
-                if is_wanted(result) {
-                    return Ok(result);
+                let regs = ptrace::regs(tid)?;
+                if regs::is_entry(&regs) == at_entry {
+                    return Ok(regs.rax);
                 }
             }
             Stop::Exited => return Err(AgentError::Gone { pid: tid.as_raw() }.into()),
@@ -161,8 +159,6 @@ fn wait_for_syscall(tid: Pid, is_wanted: impl Fn(i64) -> bool) -> Result<i64, Ex
         ptrace::cont_to_syscall(tid)?;
     }
 }
-
-const SYSCALL: [u8; 2] = [0x0f, 0x05];
 
 /// A `syscall` instruction in the process's code: the vDSO has one, for clocks that it cannot read; any library has.
 fn find_syscall(memory: &ProcessMemory, tid: Pid, vdso: Option<(u64, u64)>) -> Option<u64> {

@@ -10,7 +10,7 @@ use super::{ExecuteError, Run};
 use crate::kernel::SysResult;
 use crate::kernel::fd::duplicate_above;
 use crate::kernel::pidfd::PidFd;
-use crate::plan::{Arg, Call, FileRef, Plan, Stage};
+use crate::plan::{Arg, Call, FileRef, Plan, Stage, fetch};
 
 /// Fewer may be inherited.
 const MANY: usize = 32;
@@ -70,13 +70,7 @@ impl Run<'_> {
             _ => None,
         };
         let files: BTreeSet<FileRef> = calls.iter().filter_map(file).collect();
-        let get = |file: FileRef| {
-            [
-                crate::call!(SYS_pidfd_getfd(images.engine.as_raw_fd(), file, 0u32), "its pages file"),
-                crate::call!(SYS_dup3(Arg::Earlier(1), file, libc::O_CLOEXEC), "under the number that it has here"),
-                crate::call!(SYS_close(Arg::Earlier(2)), "it has its place"),
-            ]
-        };
+        let get = |file| fetch(images.engine.as_raw_fd().into(), file, "its pages file");
         files.into_iter().flat_map(get).chain(calls.iter().cloned()).collect()
     }
 

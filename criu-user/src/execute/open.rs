@@ -52,7 +52,7 @@ fn beside_each_other(many: &[&dyn Apart], opened: usize, lowest: i32) -> SysResu
     make_room(lowest + opened as i32 + many.len() as i32);
     // Where all numbers below are taken, no file need be moved.
     let taken = if lowest as usize <= many.len() * 2 { take_below(lowest)? } else { Vec::new() };
-    let files = parallel::share(many, |part| part.iter().map(open).collect::<Vec<_>>());
+    let files = parallel::map(many, open);
     close_all(taken);
-    Ok(files.into_iter().flatten().collect())
+    Ok(files)
 }

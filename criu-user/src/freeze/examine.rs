@@ -137,12 +137,8 @@ fn examine_thread(
     memory: Option<&ProcessMemory>,
 ) -> Result<FrozenThread, FreezeError> {
     let mut regs = ptrace::regs(tid)?;
-    let code = |memory: &ProcessMemory| memory.read(regs.rip, 2).ok()?.try_into().ok();
-    if regs.rax as i64 == libc::SYS_restart_syscall
-        && let Some(again) = memory.and_then(code).and_then(|code: [u8; 2]| regs::before_restart(&regs, code))
-    {
-        regs = again;
-    }
+    let code = |at| memory?.read(at, regs::SYSCALL.len()).ok();
+    regs = regs::before_restart(&regs, code).unwrap_or(regs);
     let sigmask = ptrace::sigmask(tid)?;
     let pending = ptrace::pending_signals(tid, PendingQueue::Thread)?;
     let signal_waits = (signal_bits(&pending) | signal_bits(process_pending)) & !sigmask != 0;

@@ -78,7 +78,7 @@ pub fn reopen(fd: impl AsFd, flags: i32) -> SysResult<OwnedFd> {
 }
 
 /// Makes the table of descriptors large enough for this number, while only one thread uses it: once several do, the
-/// kernel lets it grow after a grace period of RCU only (`expand_fdtable` of fs/file.c), which is ten milliseconds and more.
+/// kernel lets it grow after a grace period of RCU only (`expand_fdtable` of fs/file.c), which is milliseconds.
 /// Where the number is beyond the limit, whoever needs it is told.
 pub fn make_room(number: i32) {
     if let Ok(any) = any() {

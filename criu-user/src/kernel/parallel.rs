@@ -30,6 +30,11 @@ pub fn share<T: Sync, R: Send>(items: &[T], work: impl Fn(&[T]) -> R + Sync) -> 
     })
 }
 
+/// Does the same to each item, shared out; the results are in the items' order.
+pub fn map<T: Sync, R: Send>(items: &[T], one: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    share(items, |piece| piece.iter().map(&one).collect::<Vec<R>>()).into_iter().flatten().collect()
+}
+
 /// Waits until this thread is the only one of its process. Whoever joins a thread may go on a moment before the kernel
 /// has counted it out.
 pub fn wait_until_alone() -> SysResult<()> {
@@ -54,6 +59,7 @@ mod tests {
         let items: Vec<u32> = (0..1001).collect();
         let sums = share(&items, |piece| piece.to_vec()).concat();
         assert_eq!(sums, items);
+        assert_eq!(map(&items, |item| item + 1), (1..1002).collect::<Vec<u32>>());
         assert!(share(&[], |piece: &[u32]| piece.len()).is_empty());
     }
 }

@@ -13,8 +13,14 @@ const ERESTARTSYS: i64 = 512;
 const ERESTARTNOINTR: i64 = 513;
 const ERESTARTNOHAND: i64 = 514;
 const ERESTART_RESTARTBLOCK: i64 = 516;
-/// Length of the `syscall` instruction.
-const SYSCALL_LEN: u64 = 2;
+/// The `syscall` instruction.
+pub const SYSCALL: [u8; 2] = [0x0f, 0x05];
+const SYSCALL_LEN: u64 = SYSCALL.len() as u64;
+
+/// Whether a thread at a system-call stop is at the call's entry: there the kernel shows -ENOSYS as its result.
+pub fn is_entry(regs: &user_regs_struct) -> bool {
+    regs.rax as i64 == -i64::from(libc::ENOSYS)
+}
 
 /// How an interrupted system call goes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,14 +71,11 @@ pub fn interrupted(regs: &user_regs_struct, signal_waits: bool) -> Interrupted {
     }
 }
 
-/// The `syscall` instruction.
-const SYSCALL: [u8; 2] = [0x0f, 0x05];
-
 /// The same registers as they are in the interruption, for a thread that was let go and has not yet made the
 /// restart_syscall(2) by which its call goes on: stopped again there, it would look as if it ran. In another thread, as a
-/// restore makes it, that call would go on with what interrupted that one last. `code`: what stands at `rip`.
-pub fn before_restart(regs: &user_regs_struct, code: [u8; 2]) -> Option<user_regs_struct> {
-    if regs.rax as i64 != libc::SYS_restart_syscall || code != SYSCALL {
+/// restore makes it, that call would go on with what interrupted that one last. `code` reads what stands at an address.
+pub fn before_restart(regs: &user_regs_struct, code: impl FnOnce(u64) -> Option<Vec<u8>>) -> Option<user_regs_struct> {
+    if regs.rax as i64 != libc::SYS_restart_syscall || code(regs.rip)? != SYSCALL {
         return None;
     }
     let nr = if (regs.orig_rax as i64) < 0 { libc::SYS_restart_syscall as u64 } else { regs.orig_rax };
@@ -148,14 +151,15 @@ mod tests {
     fn who_is_about_to_restart_a_call_is_still_in_it() {
         let found = stopped_in(libc::SYS_futex, -ERESTART_RESTARTBLOCK);
         let mut home = resumable(&found, false);
-        assert_eq!(before_restart(&home, [0x90, 0x90]), None, "219 is any number");
-        let again = before_restart(&home, SYSCALL).expect("a restart");
+        let code = |at| (at == found.rip - SYSCALL_LEN).then(|| SYSCALL.to_vec());
+        assert_eq!(before_restart(&home, |_| Some(vec![0x90, 0x90])), None, "219 is any number");
+        let again = before_restart(&home, code).expect("a restart");
         assert_eq!(interrupted(&again, false), Interrupted::Remainder { nr: libc::SYS_restart_syscall });
         assert_eq!((again.rip, again.rax), (found.rip, found.rax));
         // As the kernel leaves it, the call's own number is still there.
         home.orig_rax = libc::SYS_futex as u64;
-        assert_eq!(before_restart(&home, SYSCALL), Some(found));
-        assert_eq!(before_restart(&found, SYSCALL), None);
+        assert_eq!(before_restart(&home, code), Some(found));
+        assert_eq!(before_restart(&found, code), None);
     }
 
     #[test]

@@ -23,10 +23,8 @@ pub fn of(entry: &InetSkEntry, cx: &mut Planner<'_>) -> Stream {
         let wanted = sockets.filter(|isk| is_tcp(isk) && isk.state != state::LISTEN);
         let inodes: Vec<u32> = wanted.map(|isk| isk.ino).collect();
         let dir = cx.dir;
-        let read = parallel::share(&inodes, |part| part.iter().map(|&ino| (ino, read(dir, ino))).collect::<Vec<_>>());
-        let mut all = HashMap::with_capacity(inodes.len());
-        all.extend(read.into_iter().flatten());
-        cx.shelf.get::<Streams>().0 = Some(all);
+        let read = parallel::map(&inodes, |&ino| (ino, read(dir, ino)));
+        cx.shelf.get::<Streams>().0 = Some(read.into_iter().collect());
     }
     let known = cx.shelf.get::<Streams>().0.as_mut().and_then(|all| all.remove(&entry.ino));
     known.unwrap_or_else(|| read(cx.dir, entry.ino))

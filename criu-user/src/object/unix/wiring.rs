@@ -18,7 +18,7 @@ use super::{is_path, is_stream, path_bytes, sent};
 use crate::call;
 use crate::image::UnixFlags;
 use crate::image::proto::{SkPacketEntry, SkUcredEntry, UnixSkEntry};
-use crate::plan::{Arg, Buffer, Call, FileRef, Plan, Role, Stage, TaskRef};
+use crate::plan::{Arg, Buffer, Call, FileRef, Plan, Role, Stage, TaskRef, fetch};
 
 /// Plans everything that is not opening, for all sockets at once.
 pub fn wire(cx: &mut Planner<'_>) -> Result<(), ObjectError> {
@@ -256,10 +256,9 @@ impl Wiring {
             let holders = ids.get(&file).and_then(|id| cx.holders.get(id)).cloned().unwrap_or_default();
             let tasks: BTreeSet<TaskRef> = holders.into_iter().map(|(task, _)| task).collect();
             for task in tasks.into_iter().filter(|&task| Some(task) != maker) {
-                let mut push = |call| cx.plan.push(task, Stage::Fetch, call);
-                push(call!(SYS_pidfd_getfd(engine, file, 0u32), "a socket that another process has made"));
-                push(call!(SYS_dup3(Arg::Earlier(1), file, libc::O_CLOEXEC), "in place of its stand-in"));
-                push(call!(SYS_close(Arg::Earlier(2)), "it has its place"));
+                for call in fetch(engine.into(), file, "a socket that another process has made") {
+                    cx.plan.push(task, Stage::Fetch, call);
+                }
             }
         }
     }
