@@ -328,6 +328,19 @@ static int by_futex(void)
 	return -1;
 }
 
+/* The same by a call whose number no instruction loads as a constant. */
+static int by_hidden_number(void)
+{
+	static int word;
+	static volatile long half = SYS_futex / 2;
+	struct timespec t = { 1, 200000000 };
+	long result = 2 * half;
+	register long limit asm("r10") = (long)&t;
+	asm volatile("syscall" : "+a"(result) : "D"(&word), "S"(FUTEX_WAIT_PRIVATE), "d"(0), "r"(limit) : "rcx", "r11", "memory");
+	errno = -result;
+	return result == -ETIMEDOUT ? 0 : -1;
+}
+
 static int by_epoll(void)
 {
 	struct epoll_event event;
@@ -384,6 +397,11 @@ static void in_futex(void)
 	sleep_across("futex", by_futex);
 }
 
+static void in_hidden_futex(void)
+{
+	sleep_across("futex by hand", by_hidden_number);
+}
+
 /* The kernel gives epoll_wait an EINTR whenever it is stopped (signal(7)): only the time is checked. */
 static void in_epoll(void)
 {
@@ -427,6 +445,6 @@ static const struct test_case cases[] = {
 	CASE(itimer_real),  CASE(itimer_virtual),      CASE(itimer_profile), CASE(itimer_pending), CASE(alarm_in_time), CASE(posix_timers),
 	CASE(overrun), CASE(missed),	    CASE(other_notifications), CASE(clocks),	     CASE(timestamps),	  CASE(in_nanosleep),
 	CASE(in_clock_nanosleep), CASE(in_poll),	       CASE(in_select),	     CASE(in_futex),	  CASE(in_epoll),
-	CASE(in_read),
+	CASE(in_read),	    CASE(in_hidden_futex),
 };
 RUN_CASES(cases)

@@ -112,8 +112,13 @@ pub fn released(regs: &user_regs_struct, signal_waits: bool) -> user_regs_struct
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// Registers of a thread in a call with these arguments.
+    pub(crate) fn with_arguments(rdi: u64, rsi: u64, rdx: u64, r10: u64) -> user_regs_struct {
+        user_regs_struct { rdi, rsi, rdx, r10, ..stopped_in(libc::SYS_restart_syscall, -ERESTART_RESTARTBLOCK) }
+    }
 
     fn stopped_in(nr: i64, result: i64) -> user_regs_struct {
         user_regs_struct {

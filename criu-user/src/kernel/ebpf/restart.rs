@@ -20,6 +20,10 @@ const FUNCTIONS: [&str; 5] = [
     "futex_wait_restart",
 ];
 
+const FUTEX_WAIT: u64 = 0;
+/// A futex operation without its flags: FUTEX_CMD_MASK of include/uapi/linux/futex.h.
+const COMMAND: u64 = 127;
+
 /// What `restart_syscall(2)` would do for a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Restart {
@@ -74,6 +78,11 @@ impl Restart {
             if *address == args[0] && *value == args[2] as u32)
             })
         };
+        // Its fields lie where a poll's do; but for that, every bit of its set is set.
+        let matches_plain_futex = || {
+            let plain = |futex: &Self| matches!(futex, Self::Futex { bitset: u32::MAX, .. });
+            matches_futex().filter(|futex| args[1] & COMMAND == FUTEX_WAIT && plain(futex))
+        };
         let sleep_to = |remaining: u64| {
             block.sleep().filter(|sleep| {
                 matches!(sleep, Self::Sleep { remaining: to, .. }
@@ -89,8 +98,9 @@ impl Restart {
             libc::SYS_restart_syscall if args[0] < 4096 => {
                 sleep_to(args[3]).map(|found| (libc::SYS_clock_nanosleep, found))
             }
-            libc::SYS_restart_syscall => matches_poll()
-                .map(|found| (libc::SYS_poll, found))
+            libc::SYS_restart_syscall => matches_plain_futex()
+                .map(|found| (libc::SYS_futex, found))
+                .or_else(|| matches_poll().map(|found| (libc::SYS_poll, found)))
                 .or_else(|| matches_futex().map(|found| (libc::SYS_futex, found)))
                 .or_else(|| sleep_to(args[1]).map(|found| (libc::SYS_nanosleep, found))),
             _ => None,
