@@ -362,6 +362,15 @@ impl Task {
         }
     }
 
+    /// Adds calls.
+    pub fn extend(&mut self, stage: Stage, mut calls: Vec<Call>) {
+        match self.calls.iter_mut().find(|(s, _)| *s == stage) {
+            Some((_, known)) => known.append(&mut calls),
+            None if calls.is_empty() => {}
+            None => self.calls.push((stage, calls)),
+        }
+    }
+
     /// Adds a call right behind the first call `nr` of a stage; at its end, where there is none.
     pub fn insert_after(&mut self, stage: Stage, nr: i64, call: Call) {
         let known = self.calls.iter_mut().find(|(s, _)| *s == stage);
@@ -550,6 +559,11 @@ impl Plan {
     /// Adds a call.
     pub fn push(&mut self, task: TaskRef, stage: Stage, call: Call) {
         self.tasks[task.0].push(stage, call);
+    }
+
+    /// Adds calls.
+    pub fn extend(&mut self, task: TaskRef, stage: Stage, calls: Vec<Call>) {
+        self.tasks[task.0].extend(stage, calls);
     }
 
     /// Adds something that the engine does after `stage`.

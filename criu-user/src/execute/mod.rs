@@ -3,6 +3,7 @@
 //!
 //! Until that last step, whatever fails ends the whole crew: they die with the engine, and the images stay as they are.
 
+mod apart;
 mod calls;
 mod empty;
 mod error;

@@ -4,7 +4,8 @@
 //! would have the kernel make a page of zeros in a fault, and only then copy. That costs two thirds of it. It takes a
 //! userfaultfd of the process that is filled ([`Ground`]). Everywhere else pages are written: process_vm_writev(2).
 //!
-//! Both go by a buffer that stays in the processor's cache.
+//! What is placed is copied from a mapping of the file, what is written goes by a buffer that stays in the processor's
+//! cache.
 
 use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -15,6 +16,7 @@ use nix::sys::uio::{RemoteIoVec, pread, process_vm_writev};
 use nix::unistd::Pid;
 
 use super::error::During;
+use super::map::SourceMap;
 use super::uffd::{API, UFFDIO_API, UFFDIO_REGISTER};
 use super::{SysError, SysResult};
 
@@ -53,17 +55,16 @@ impl Ground {
     }
 
     fn ioctl<const N: usize>(&self, request: u64, words: &mut [u64; N]) -> Result<(), Errno> {
-        // SAFETY: the words live for the call and are as many as the request says; what UFFDIO_COPY reads from is
-        // alive, as `place` sees to.
+        // SAFETY: the words live for the call and are as many as the request says. UFFDIO_COPY only reads our memory, and
+        // fails where there is none.
         Errno::result(unsafe { libc::ioctl(self.userfault.as_raw_fd(), request as _, words.as_mut_ptr()) }).map(|_| ())
     }
 
-    /// Makes the pages at `address` with this content.
-    fn place(&self, address: u64, content: &[u8]) -> SysResult<()> {
+    /// Makes the pages at `address`, with what stands in our memory at `source`.
+    fn place(&self, address: u64, source: u64, len: u64) -> SysResult<()> {
         let mut done = 0;
-        while done < content.len() as u64 {
-            let source = content.as_ptr().expose_provenance() as u64 + done;
-            let mut copy = [address + done, source, content.len() as u64 - done, DONTWAKE, 0];
+        while done < len {
+            let mut copy = [address + done, source + done, len - done, DONTWAKE, 0];
             let outcome = self.ioctl(COPY, &mut copy);
             match (outcome, copy[4] as i64) {
                 (Ok(()), _) => return Ok(()),
@@ -71,12 +72,34 @@ impl Ground {
                 (Err(Errno::EAGAIN), copied) if copied > 0 => done += copied as u64,
                 (Err(Errno::EAGAIN), _) => {}
                 (Err(errno), _) => {
-                    let what = format!("{} bytes at {address:#x}", content.len());
-                    return Err(SysError::new("ioctl(UFFDIO_COPY)", what, errno));
+                    return Err(SysError::new("ioctl(UFFDIO_COPY)", format!("{len} bytes at {address:#x}"), errno));
                 }
             }
         }
         Ok(())
+    }
+}
+
+/// A file with the content of pages.
+#[derive(Debug)]
+pub struct Source<'a> {
+    file: &'a OwnedFd,
+    /// Where it can be mapped: what is placed needs not be read before it is copied, which costs a quarter.
+    map: Option<SourceMap>,
+}
+
+impl<'a> Source<'a> {
+    /// A file of which these pieces will be placed, each once; others may be written.
+    pub fn new(file: &'a OwnedFd, placed: impl IntoIterator<Item = &'a Piece>) -> Self {
+        let parts = placed.into_iter().map(|&(_, len, offset)| (offset, len));
+        Self { file, map: SourceMap::new(file, parts).ok() }
+    }
+
+    fn read(&self, bytes: &mut [u8], offset: u64) -> SysResult<()> {
+        let needed = bytes.len();
+        let what = || format!("{needed} bytes of pages at {offset}");
+        let read = pread(self.file.as_fd(), bytes, offset as i64).during("pread", what())?;
+        if read == needed { Ok(()) } else { Err(SysError::new("pread", what(), Errno::EIO)) }
     }
 }
 
@@ -98,7 +121,7 @@ pub struct Job<'a> {
     /// Where pages are placed; else they are written.
     pub ground: Option<&'a Ground>,
     /// Where the content is.
-    pub file: &'a OwnedFd,
+    pub source: &'a Source<'a>,
     /// What goes where.
     pub pieces: &'a [Piece],
 }
@@ -115,13 +138,10 @@ struct Step<'a> {
 /// Does all of it, with a thread for each processor. `moved` is told the bytes of each step.
 pub fn fill(jobs: &[Job<'_>], moved: impl Fn(u64) + Sync) -> SysResult<()> {
     let steps: Vec<Step<'_>> = jobs.iter().flat_map(steps).collect();
-    if steps.is_empty() {
-        return Ok(());
-    }
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(steps.len());
+    let threads = processors().min(steps.len());
     let next = AtomicUsize::new(0);
     let work = || -> SysResult<()> {
-        let mut buffer = vec![0; BUFFER];
+        let mut buffer = Vec::new();
         while let Some(step) = steps.get(next.fetch_add(1, Ordering::Relaxed)) {
             step.run(&mut buffer).inspect_err(|_| next.store(steps.len(), Ordering::Relaxed))?;
             moved(step.total as u64);
@@ -135,6 +155,21 @@ pub fn fill(jobs: &[Job<'_>], moved: impl Fn(u64) + Sync) -> SysResult<()> {
             outcome.and(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
         })
     })
+}
+
+/// The same in this thread alone.
+pub fn fill_alone(jobs: &[Job<'_>], moved: impl Fn(u64)) -> SysResult<()> {
+    let mut buffer = Vec::new();
+    jobs.iter().flat_map(steps).try_for_each(|step| {
+        step.run(&mut buffer)?;
+        moved(step.total as u64);
+        Ok(())
+    })
+}
+
+/// Processors that we may use.
+pub fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get())
 }
 
 fn steps<'a>(job: &'a Job<'a>) -> Vec<Step<'a>> {
@@ -162,26 +197,40 @@ fn steps<'a>(job: &'a Job<'a>) -> Vec<Step<'a>> {
 }
 
 impl Step<'_> {
-    fn run(&self, buffer: &mut [u8]) -> SysResult<()> {
-        let (pid, total) = (self.job.pid, self.total);
-        let bytes = &mut buffer[..total];
-        let what = || format!("pid {pid}, {total} bytes of pages at {}", self.offset);
-        let read = pread(self.job.file.as_fd(), bytes, self.offset as i64).during("pread", what())?;
-        if read != total {
-            return Err(SysError::new("pread", what(), Errno::EIO));
-        }
-        if let Some(ground) = self.job.ground {
-            let mut rest = &*bytes;
-            for &(address, len) in &self.targets {
-                let (content, others) = rest.split_at(len);
-                ground.place(address, content)?;
-                rest = others;
-            }
+    /// `buffer`: kept from step to step.
+    fn run(&self, buffer: &mut Vec<u8>) -> SysResult<()> {
+        let (source, total) = (self.job.source, self.total);
+        if let (Some(ground), Some(map)) = (self.job.ground, &source.map) {
+            let short = || SysError::new("mmap", format!("{total} bytes of pages at {}", self.offset), Errno::EIO);
+            self.place(ground, map.part(self.offset, total as u64).ok_or_else(short)?)?;
+            map.done_with(self.offset, total as u64);
             return Ok(());
         }
+        buffer.resize(BUFFER, 0);
+        let bytes = &mut buffer[..total];
+        source.read(bytes, self.offset)?;
+        match self.job.ground {
+            Some(ground) => self.place(ground, bytes.as_ptr().expose_provenance() as u64),
+            None => self.write(bytes),
+        }
+    }
+
+    /// Makes its pages of what stands in our memory at `from`.
+    fn place(&self, ground: &Ground, from: u64) -> SysResult<()> {
+        let mut done = 0;
+        self.targets.iter().try_for_each(|&(address, len)| {
+            ground.place(address, from + done, len as u64)?;
+            done += len as u64;
+            Ok(())
+        })
+    }
+
+    fn write(&self, bytes: &[u8]) -> SysResult<()> {
+        let pid = self.job.pid;
+        let what = || format!("pid {pid}, {} bytes of pages at {}", bytes.len(), self.offset);
         let remote: Vec<_> = self.targets.iter().map(|&(base, len)| RemoteIoVec { base: base as usize, len }).collect();
         let written = process_vm_writev(pid, &[IoSlice::new(bytes)], &remote).during("process_vm_writev", what())?;
-        if written == total { Ok(()) } else { Err(SysError::new("process_vm_writev", what(), Errno::EIO)) }
+        if written == bytes.len() { Ok(()) } else { Err(SysError::new("process_vm_writev", what(), Errno::EIO)) }
     }
 }
 
@@ -201,7 +250,8 @@ mod tests {
             (0x10_0000, (BUFFER as u64) * 2, 0x3000),
             (0x5000, 0x1000, 0x100_0000),
         ];
-        let job = Job { pid: Pid::this(), ground: None, file: &file, pieces: &pieces };
+        let source = Source::new(&file, []);
+        let job = Job { pid: Pid::this(), ground: None, source: &source, pieces: &pieces };
         let steps = steps(&job);
         let mut flat: Vec<(u64, u64, u64)> = Vec::new();
         for step in &steps {
@@ -231,7 +281,8 @@ mod tests {
         let pieces = [(at, half, half), (at + half, len - half, 0)];
         let file = OwnedFd::from(file);
         let told = AtomicUsize::new(0);
-        let job = Job { pid: Pid::this(), ground: None, file: &file, pieces: &pieces };
+        let source = Source::new(&file, []);
+        let job = Job { pid: Pid::this(), ground: None, source: &source, pieces: &pieces };
         fill(&[job], |bytes| {
             told.fetch_add(bytes as usize, Ordering::Relaxed);
         })

@@ -4,11 +4,12 @@
 //! that both sides watch are atomic.
 
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use nix::errno::Errno;
 
+use super::error::During;
 use super::{SysError, SysResult, sys};
 
 /// A shared mapping of a file, unmapped when dropped.
@@ -118,6 +119,99 @@ impl Drop for SharedMap {
     fn drop(&mut self) {
         // SAFETY: our own mapping, of this length; nothing borrows from it any more.
         unsafe { libc::munmap(self.base.cast(), self.len) };
+    }
+}
+
+/// A file mapped for the kernel to copy from: whatever becomes of the file meanwhile, nothing of ours reads there, and the
+/// kernel gives EFAULT. It is brought in chunk by chunk, and each goes when all that was to be copied of it has been.
+#[derive(Debug)]
+pub struct SourceMap {
+    base: u64,
+    len: u64,
+    chunks: Vec<Chunk>,
+}
+
+/// Two megabytes of it.
+#[derive(Debug, Default)]
+struct Chunk {
+    present: AtomicBool,
+    /// Bytes that are still to be copied.
+    left: AtomicU64,
+}
+
+const CHUNK: u64 = 2 << 20;
+
+impl SourceMap {
+    /// Maps all of a file, of which these parts will be copied: offsets and lengths.
+    pub fn new(file: impl AsFd, parts: impl IntoIterator<Item = (u64, u64)>) -> SysResult<Self> {
+        let len = nix::sys::stat::fstat(file.as_fd()).during("fstat", "a file to be mapped")?.st_size as u64;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len as usize,
+                libc::PROT_READ,
+                libc::MAP_SHARED,
+                file.as_fd().as_raw_fd(),
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(SysError::new("mmap", format!("{len} bytes of a file"), Errno::last()));
+        }
+        let chunks = std::iter::repeat_with(Chunk::default).take(len.div_ceil(CHUNK) as usize).collect();
+        let map = Self { base: base as u64, len, chunks };
+        for (offset, len) in parts {
+            map.each_chunk(offset, len, |_, chunk, bytes| {
+                chunk.left.fetch_add(bytes, Ordering::Relaxed);
+            });
+        }
+        Ok(map)
+    }
+
+    /// Where this part of it is, brought in if need be; `None` if the file is shorter.
+    pub fn part(&self, offset: u64, len: u64) -> Option<u64> {
+        let end = offset.checked_add(len).filter(|end| *end <= self.len)?;
+        self.each_chunk(offset, end - offset, |start, chunk, _| {
+            // Two that come at the same time do it twice.
+            if !chunk.present.load(Ordering::Relaxed) {
+                // Before Linux 5.14 it does nothing, and the kernel brings pages in one by one as it copies them.
+                self.advise(start, libc::MADV_POPULATE_READ);
+                chunk.present.store(true, Ordering::Relaxed);
+            }
+        });
+        Some(self.base + offset)
+    }
+
+    /// This part has been copied.
+    pub fn done_with(&self, offset: u64, len: u64) {
+        self.each_chunk(offset, len, |start, chunk, bytes| {
+            if chunk.left.fetch_sub(bytes, Ordering::Relaxed) == bytes {
+                self.advise(start, libc::MADV_DONTNEED);
+            }
+        });
+    }
+
+    /// The chunks of a part: where each starts, and how many bytes of it belong to the part.
+    fn each_chunk(&self, offset: u64, len: u64, each: impl Fn(u64, &Chunk, u64)) {
+        let end = offset.saturating_add(len).min(self.len);
+        for n in offset / CHUNK..end.div_ceil(CHUNK) {
+            let start = n * CHUNK;
+            each(start, &self.chunks[n as usize], end.min(start + CHUNK) - offset.max(start));
+        }
+    }
+
+    fn advise(&self, start: u64, advice: i32) {
+        let len = CHUNK.min(self.len - start) as usize;
+        // SAFETY: within our own mapping of a file, whose content neither piece of advice that is given here changes.
+        unsafe { libc::madvise((self.base + start) as *mut _, len, advice) };
+    }
+}
+
+impl Drop for SourceMap {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, of this length, of which nothing is borrowed.
+        unsafe { libc::munmap(self.base as *mut _, self.len as usize) };
     }
 }
 

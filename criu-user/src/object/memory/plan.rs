@@ -126,14 +126,10 @@ pub fn plan(cx: &mut Planner<'_>, task: TaskRef, mm: &Rc<MmEntry>) -> Result<(),
         let map = call!(SYS_mmap(start, len, area.prot, area.flags, -1i64, 0u64), why).giving(start);
         cx.plan.push(task, Stage::Memory, map);
     }
-    for advice in work.advice {
-        cx.plan.push(task, Stage::Memory, advice);
-    }
+    cx.plan.extend(task, Stage::Memory, work.advice);
     let fresh: Vec<_> = work.anonymous.iter().filter(|area| area.is_plain()).map(|a| (a.start, a.end)).collect();
     fill::plan(cx, task, &space.pages, &work.fills, &fresh)?;
-    for protect in work.protects {
-        cx.plan.push(task, Stage::Protect, protect);
-    }
+    cx.plan.extend(task, Stage::Protect, work.protects);
     for guard in space.guards() {
         let why = Why::Range("guarded pages", guard.start, guard.end);
         let len = guard.end - guard.start;
@@ -232,7 +228,7 @@ fn plan_area(
     } else {
         work.anonymous(Anonymous { start: vma.start, end: vma.end, prot, flags, madv, what: describe(status) });
     }
-    for advice in (0..64).filter(|n| madv & 1 << n != 0) {
+    for advice in bits(madv) {
         let why = format!("advice {advice} for {:#x}", vma.start);
         work.advice.push(call!(SYS_madvise(vma.start, len, advice), why));
     }
@@ -243,6 +239,13 @@ fn plan_area(
     }
     plan_lock(cx, task, vma);
     Ok(())
+}
+
+/// The numbers of the bits that are set. Most areas have none, and there can be many areas.
+fn bits(word: u64) -> impl Iterator<Item = u32> {
+    std::iter::successors(Some(word), |left| Some(left & left.wrapping_sub(1)))
+        .take_while(|left| *left != 0)
+        .map(u64::trailing_zeros)
 }
 
 /// A lock is not inherited, and what it brings in is not to count for the parent.
