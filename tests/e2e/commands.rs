@@ -8,6 +8,7 @@ mod options;
 mod reports;
 mod root;
 mod scripts;
+mod verify;
 
 use e2e::{Engine, Look, Options, Workload, proc, reaper, rows, workload_rows};
 

@@ -16,6 +16,7 @@ mod scripts;
 mod status;
 mod tcp;
 mod track;
+mod verify;
 mod watcher;
 
 use std::io::Write;
@@ -51,6 +52,8 @@ enum Command {
     Gate(gate::GateArgs),
     /// Show the TCP connections of a tree or of images, and whether they would be carried over
     Tcp(tcp::TcpArgs),
+    /// Check images without restoring anything: each file by itself, and what they say of each other
+    Verify(verify::VerifyArgs),
     /// Write shell completions and manual pages into DIR/completions and DIR/man
     #[command(hide = true)]
     Documents(documents::DocumentsArgs),
@@ -81,6 +84,7 @@ pub fn main() -> ExitCode {
         Command::Check(args) => check::run(args),
         Command::Gate(args) => gate::run(args),
         Command::Tcp(args) => tcp::run(args),
+        Command::Verify(args) => verify::run(args),
         Command::Documents(args) => documents::run(&args),
     };
     outcome.unwrap_or_else(|err| {

@@ -211,11 +211,23 @@ pub fn filters(file: &Path, seccomp: &SeccompEntry) -> Result<(), ImageError> {
     Ok(())
 }
 
-/// All of the above, and every file by itself, for a whole dump. Returns the number of files.
+/// All of the above, and every file by itself, for a whole dump. Of a pre-dump, which has no more than memory, every file
+/// by itself and the pages of those before it. Returns the number of files.
 pub fn dump(dir: &ImageDir) -> Result<usize, ImageError> {
     let names = dir.list()?;
     for &name in &names {
         check::file(dir, name)?;
+    }
+    let store = PageStore::open(dir)?;
+    for &ImageName { kind, id } in &names {
+        match (kind, u32::try_from(id)) {
+            (ImageKind::Pagemap, Ok(pid)) => drop(store.process(pid)?.found()?),
+            (ImageKind::PagemapShmem, _) => drop(store.shmem(id)?.found()?),
+            _ => {}
+        }
+    }
+    if dir.inventory()?.pre_dump() {
+        return Ok(names.len());
     }
     let path = |name: ImageName| dir.path_of(name);
 
@@ -229,7 +241,6 @@ pub fn dump(dir: &ImageDir) -> Result<usize, ImageError> {
 
     let processes: Vec<PstreeEntry> = dir.read_all(ImageKind::Pstree)?;
     tree(&dir.path_of(ImageKind::Pstree), &processes)?;
-    let store = PageStore::open(dir)?;
     for process in &processes {
         let name = ImageKind::Core.id(process.pid.into());
         let leader: CoreEntry = dir.read_one(name)?;
