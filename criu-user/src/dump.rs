@@ -137,6 +137,8 @@ pub struct Summary {
     pub pages_written: u64,
     /// Pages that the parent images have.
     pub pages_in_parent: u64,
+    /// Memory maps that were read before the freeze: still right in it, or not.
+    pub maps_read_ahead: CacheUse,
     /// The pages written in bytes.
     pub bytes_written: u64,
     /// Bytes written in a second of writing.
@@ -214,6 +216,7 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
         pages_scanned: pages.scanned,
         pages_written: pages.written,
         pages_in_parent: pages.in_parent,
+        maps_read_ahead: surveyor.cache_use(),
         bytes_written,
         bytes_per_second: rate(bytes_written, writing),
         copied: live.copied,

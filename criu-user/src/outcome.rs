@@ -6,6 +6,7 @@ use crate::dump::{self, DumpError};
 use crate::execute::ExecuteError;
 use crate::image::ImageError;
 use crate::kernel::SysError;
+use crate::kernel::survey_cache::CacheUse;
 use crate::lineage::LineageError;
 use crate::metrics::{Operation, Pages, Phase, Reason, Run};
 use crate::object::ObjectError;
@@ -26,6 +27,7 @@ pub fn of_dump(result: &Result<dump::Summary, DumpError>) -> Run {
                 (Phase::Total, summary.total),
             ],
             pages: Pages { written: summary.pages_written, in_parent: summary.pages_in_parent, skipped: 0 },
+            maps: summary.maps_read_ahead,
             bytes: summary.bytes_written,
         },
         Err(err) => Run::failed(operation, dump_reason(err)),
@@ -45,6 +47,7 @@ pub fn of_pre_dump(result: &Result<PreDumpSummary, PreDumpError>) -> Run {
                 in_parent: summary.pages_in_parent,
                 skipped: summary.pages_skipped,
             },
+            maps: CacheUse::default(),
             bytes: summary.bytes_written,
         },
         Err(err) => Run::failed(operation, pre_dump_reason(err)),
@@ -64,6 +67,7 @@ pub fn of_restore(result: &Result<restore::Summary, RestoreError>) -> Run {
                 (Phase::Total, summary.total),
             ],
             pages: Pages::default(),
+            maps: CacheUse::default(),
             bytes: summary.bytes_filled,
         },
         Err(err) => Run::failed(operation, restore_reason(err)),

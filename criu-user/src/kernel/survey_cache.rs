@@ -12,6 +12,7 @@ use std::path::PathBuf;
 
 use criu_common::survey as record;
 use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
 
 use super::ebpf::survey::TaskRecords;
 use super::ebpf::{EbpfResult, EbpfSurvey};
@@ -68,7 +69,7 @@ struct Kept {
 }
 
 /// How often the cache was of use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct CacheUse {
     /// Maps that were as they had been read.
     pub hits: u64,

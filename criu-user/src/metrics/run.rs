@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::exposition::Exposition;
 use super::histogram::Histogram;
 use super::table;
+use crate::kernel::survey_cache::CacheUse;
 
 /// Defines a fixed set of names: what a label may say.
 macro_rules! names {
@@ -124,14 +125,22 @@ pub struct Run {
     pub phases: Vec<(Phase, Duration)>,
     /// Pages, of a dump or pre-dump.
     pub pages: Pages,
+    /// Memory maps that a dump had read before the freeze.
+    pub maps: CacheUse,
     /// Bytes of memory written to images or filled from them.
     pub bytes: u64,
 }
 
 impl Run {
+    /// One that has come to nothing yet.
+    fn of(operation: Operation) -> Self {
+        let (pages, maps) = (Pages::default(), CacheUse::default());
+        Self { operation, failure: None, phases: Vec::new(), pages, maps, bytes: 0 }
+    }
+
     /// One that failed.
     pub fn failed(operation: Operation, reason: Reason) -> Self {
-        Self { operation, failure: Some(reason), phases: Vec::new(), pages: Pages::default(), bytes: 0 }
+        Self { operation, failure: Some(reason), ..Self::of(operation) }
     }
 }
 
@@ -142,6 +151,8 @@ struct Sums {
     failed: BTreeMap<Reason, u64>,
     phases: BTreeMap<Phase, Histogram>,
     pages: Pages,
+    #[serde(default)]
+    maps: CacheUse,
     bytes: u64,
     /// When the last one succeeded, since 1970.
     last_success: Option<Duration>,
@@ -172,6 +183,8 @@ impl Runs {
         sums.pages.written += run.pages.written;
         sums.pages.in_parent += run.pages.in_parent;
         sums.pages.skipped += run.pages.skipped;
+        sums.maps.hits += run.maps.hits;
+        sums.maps.misses += run.maps.misses;
         sums.bytes += run.bytes;
     }
 
@@ -205,6 +218,11 @@ impl Runs {
                 to.counter(&table::PAGES, &[("operation", operation.name()), ("kind", kind)], pages);
             }
         }
+        for &(operation, sums) in all.iter().filter(|(operation, _)| *operation == Operation::Dump) {
+            for (result, maps) in [("hit", sums.maps.hits), ("miss", sums.maps.misses)] {
+                to.counter(&table::CACHED_MAPS, &[("operation", operation.name()), ("result", result)], maps);
+            }
+        }
         for &(operation, sums) in &all {
             to.counter(&table::MOVED, &[("operation", operation.name())], sums.bytes);
         }
@@ -231,6 +249,7 @@ mod tests {
             failure: None,
             phases: vec![(Phase::Frozen, Duration::from_millis(20)), (Phase::Total, Duration::from_millis(40))],
             pages: Pages { written: 7, in_parent: 2, skipped: 0 },
+            maps: CacheUse { hits: 2, misses: 1 },
             bytes: 7 * 4096,
         }
     }
@@ -268,6 +287,8 @@ mod tests {
             "criu_ebpf_operation_failures_total{operation=\"dump\",reason=\"refused\"} 1",
             "criu_ebpf_operation_failures_total{operation=\"dump\",reason=\"no_space\"} 0",
             "criu_ebpf_pages_total{operation=\"dump\",kind=\"written\"} 14",
+            "criu_ebpf_cached_maps_total{operation=\"dump\",result=\"hit\"} 4",
+            "criu_ebpf_cached_maps_total{operation=\"dump\",result=\"miss\"} 2",
             "criu_ebpf_operation_duration_seconds_bucket{le=\"0.03\",operation=\"dump\",phase=\"frozen\"} 2",
             "criu_ebpf_last_freeze_seconds{operation=\"dump\"} 0.02",
         ] {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::wire::Told;
 use crate::image::proto::session::{Phase as PhaseOnWire, told::Kind};
+use crate::kernel::survey_cache::CacheUse;
 use crate::metrics::{Operation, Pages, Phase, Reason, Run};
 
 impl From<&Run> for Told {
@@ -24,6 +25,8 @@ impl From<&Run> for Told {
             pages_written: Some(run.pages.written),
             pages_in_parent: Some(run.pages.in_parent),
             pages_skipped: Some(run.pages.skipped),
+            cache_hits: Some(run.maps.hits),
+            cache_misses: Some(run.maps.misses),
             bytes: Some(run.bytes),
         }
     }
@@ -46,6 +49,7 @@ impl From<Told> for Run {
                 in_parent: told.pages_in_parent(),
                 skipped: told.pages_skipped(),
             },
+            maps: CacheUse { hits: told.cache_hits(), misses: told.cache_misses() },
             bytes: told.bytes(),
         }
     }
@@ -62,6 +66,7 @@ mod tests {
             failure: None,
             phases: vec![(Phase::Frozen, Duration::from_micros(3)), (Phase::Total, Duration::from_secs(4))],
             pages: Pages { written: 1, in_parent: 2, skipped: 3 },
+            maps: CacheUse { hits: 4, misses: 5 },
             bytes: 4096,
         };
         for run in [good, Run::failed(Operation::Dump, Reason::NoSpace), Run::failed(Operation::Restore, Reason::Pid)] {
