@@ -55,10 +55,10 @@ impl Run<'_> {
     fn source(&self, file: FileRef, tasks: &[usize]) -> Option<Source<'_>> {
         let assists = tasks.iter().flat_map(|&task| self.assists(task));
         let placed = assists.filter(|assist| assist.file == file && assist.ground == plan::Ground::Empty);
-        Some(Source::new(self.opened.get(file)?, placed.flat_map(|assist| &assist.pieces)))
+        Some(Source::new(self.opened.get(file)?, placed.flat_map(|assist| assist.pieces.iter().copied())))
     }
 
-    fn assists(&self, task: usize) -> impl Iterator<Item = &Assist> {
+    fn assists(&self, task: usize) -> impl Iterator<Item = &Assist> + Clone {
         self.plan.assists.iter().filter(move |assist| assist.task.0 == task)
     }
 

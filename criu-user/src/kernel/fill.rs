@@ -90,9 +90,9 @@ pub struct Source<'a> {
 
 impl<'a> Source<'a> {
     /// A file of which these pieces will be placed, each once; others may be written.
-    pub fn new(file: &'a OwnedFd, placed: impl IntoIterator<Item = &'a Piece>) -> Self {
-        let parts = placed.into_iter().map(|&(_, len, offset)| (offset, len));
-        Self { file, map: SourceMap::new(file, parts).ok() }
+    pub fn new(file: &'a OwnedFd, placed: impl Iterator<Item = Piece> + Clone) -> Self {
+        // Where there is nothing to be placed, there is nothing to map either, which is an error of mmap(2).
+        Self { file, map: SourceMap::new(file, placed.map(|(_, len, offset)| (offset, len))).ok() }
     }
 
     fn read(&self, bytes: &mut [u8], offset: u64) -> SysResult<()> {
@@ -250,7 +250,7 @@ mod tests {
             (0x10_0000, (BUFFER as u64) * 2, 0x3000),
             (0x5000, 0x1000, 0x100_0000),
         ];
-        let source = Source::new(&file, []);
+        let source = Source::new(&file, std::iter::empty());
         let job = Job { pid: Pid::this(), ground: None, source: &source, pieces: &pieces };
         let steps = steps(&job);
         let mut flat: Vec<(u64, u64, u64)> = Vec::new();
@@ -281,7 +281,7 @@ mod tests {
         let pieces = [(at, half, half), (at + half, len - half, 0)];
         let file = OwnedFd::from(file);
         let told = AtomicUsize::new(0);
-        let source = Source::new(&file, []);
+        let source = Source::new(&file, std::iter::empty());
         let job = Job { pid: Pid::this(), ground: None, source: &source, pieces: &pieces };
         fill(&[job], |bytes| {
             told.fetch_add(bytes as usize, Ordering::Relaxed);

@@ -142,9 +142,10 @@ struct Chunk {
 const CHUNK: u64 = 2 << 20;
 
 impl SourceMap {
-    /// Maps all of a file, of which these parts will be copied: offsets and lengths.
-    pub fn new(file: impl AsFd, parts: impl IntoIterator<Item = (u64, u64)>) -> SysResult<Self> {
-        let len = nix::sys::stat::fstat(file.as_fd()).during("fstat", "a file to be mapped")?.st_size as u64;
+    /// Maps a file as far as these parts of it go, which will be copied: offsets and lengths.
+    pub fn new(file: impl AsFd, parts: impl Iterator<Item = (u64, u64)> + Clone) -> SysResult<Self> {
+        let size = nix::sys::stat::fstat(file.as_fd()).during("fstat", "a file to be mapped")?.st_size as u64;
+        let len = parts.clone().map(|(offset, len)| offset.saturating_add(len)).max().unwrap_or(0).min(size);
         // SAFETY: a new mapping at an address of the kernel's choice.
         let base = unsafe {
             libc::mmap(
