@@ -4,10 +4,11 @@
 
 use std::{
     env,
+    ffi::OsString,
     time::{Duration, SystemTime},
 };
 
-use e2e::{Look, Options, Workload, proc, reaper, rows};
+use e2e::{Engine, Look, Options, Workload, proc, reaper, rows};
 
 /// How often the engine is killed in each test.
 pub(crate) fn kills() -> u32 {
@@ -28,6 +29,27 @@ impl Moments {
     pub(crate) fn within(&mut self, whole: Duration) -> Duration {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         whole.mul_f64((self.0 >> 33) as f64 / f64::from(1u32 << 31) * 1.1)
+    }
+}
+
+/// How long runs take at whose moments the engine is killed. The first may have been a slow one: each that ends before it
+/// was to be killed makes it shorter, and each that was killed longer again.
+pub(crate) struct Span {
+    now: Duration,
+    first: Duration,
+}
+
+impl Span {
+    pub(crate) fn new(first: Duration) -> Self {
+        Self { now: first, first }
+    }
+
+    /// Starts the engine, and kills it at some moment unless it has ended by then. Says whether it was killed.
+    pub(crate) fn kill(&mut self, engine: Engine, words: &[OsString], moments: &mut Moments) -> bool {
+        let life = moments.within(self.now);
+        let killed = engine.killed_after(words, life);
+        self.now = if killed { self.now.mul_f32(1.05).min(self.first) } else { life };
+        killed
     }
 }
 
@@ -58,7 +80,7 @@ rows! {
         let running = row.with(Options::dump(&["-R"]));
         let mut program = Workload::new("unharmed.c", "everything").start();
         let images = running.next_images(&program);
-        let whole = running.dumper.dump(&program, &images, &running.options).expect_success().took;
+        let mut span = Span::new(running.dumper.dump(&program, &images, &running.options).expect_success().took);
         let before = Look::at(&program);
         let mut moments = Moments::new();
         let mut killed = 0;
@@ -66,7 +88,7 @@ rows! {
             let images = running.next_images(&program);
             std::fs::create_dir_all(&images).expect("creating a directory");
             let words = running.dumper.dump_words(&program, &images, &running.options);
-            killed += u32::from(running.dumper.killed_after(&words, moments.within(whole)));
+            killed += u32::from(span.kill(running.dumper, &words, &mut moments));
             wait_unharmed(&program);
         }
         assert!(killed > 0, "the engine was always faster than its end");
@@ -85,14 +107,14 @@ rows! {
         let mut program = Workload::new("tree.py", "family").start();
         let tree = program.tree();
         let images = row.dump(&program);
-        let whole = row.restore(&program, &images).outcome.took;
+        let mut span = Span::new(row.restore(&program, &images).outcome.took);
         reaper::kill_trees([program.pid()]);
         program.expect_gone(&tree);
         let mut moments = Moments::new();
         let mut killed = 0;
         for _ in 0..kills() {
             let words = row.restorer.restore_words(&images, &row.options);
-            if row.restorer.killed_after(&words, moments.within(whole)) {
+            if span.kill(row.restorer, &words, &mut moments) {
                 killed += 1;
                 // Killed after its last word it has done its work: then the tree runs.
                 let left = reaper::wait_gone(&tree, Duration::from_secs(10));

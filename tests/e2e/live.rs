@@ -14,7 +14,7 @@ use std::{
 use e2e::{Claim, Look, Options, Program, Restored, Row, Workload, proc, reaper, rows};
 use serde_json::Value;
 
-use crate::killed::{Moments, kills, wait_unharmed};
+use crate::killed::{Moments, Span, kills, wait_unharmed};
 
 /// What is said to the engine.
 fn options() -> Options {
@@ -132,7 +132,7 @@ fn falls_back(row: &Row, mut program: Program, reason: &str, group: Option<Group
 fn killed(row: &Row, mut program: Program) {
     let row = row.with(options());
     let images = row.next_images(&program);
-    let whole = row.dumper.dump(&program, &images, &row.options).expect_success().took;
+    let mut span = Span::new(row.dumper.dump(&program, &images, &row.options).expect_success().took);
     reap_copies(&program, &images);
     fs::remove_dir_all(&images).expect("removing images");
     let before = Look::settled(&program);
@@ -142,7 +142,7 @@ fn killed(row: &Row, mut program: Program) {
         let images = row.next_images(&program);
         fs::create_dir_all(&images).expect("creating a directory");
         let words = row.dumper.dump_words(&program, &images, &row.options);
-        killed += u32::from(row.dumper.killed_after(&words, moments.within(whole)));
+        killed += u32::from(span.kill(row.dumper, &words, &mut moments));
         wait_unharmed(&program);
         reap_copies(&program, &images);
         fs::remove_dir_all(&images).expect("removing images");

@@ -35,8 +35,8 @@ fn through(words: &[&str], mut workload: Workload) -> Workload {
 }
 
 /// A program in namespaces of its own, which are named.
-fn in_namespace(row: &Row, option: &str, name: &str) {
-    let workload = through(&["unshare", option], Workload::new("counter.py", "counter"));
+fn in_namespace(row: &Row, command: &[&str], name: &str) {
+    let workload = through(command, Workload::new("counter.py", "counter"));
     let program = workload.start();
     let reason = format!("pid {}: it is in another {name} namespace", program.pid());
     refused_for(row, program, &[reason, "nsenter".to_owned()]);
@@ -88,22 +88,27 @@ rows! {
     };
 
     /// A network of its own.
-    network_namespace => |row| in_namespace(row, "--net", "network");
+    network_namespace => |row| in_namespace(row, &["unshare", "--net"], "network");
 
     /// Mounts of its own.
-    mount_namespace => |row| in_namespace(row, "--mount", "mount");
+    mount_namespace => |row| in_namespace(row, &["unshare", "--mount"], "mount");
 
     /// A host name of its own.
-    uts_namespace => |row| in_namespace(row, "--uts", "UTS");
+    uts_namespace => |row| in_namespace(row, &["unshare", "--uts"], "UTS");
 
     /// System V objects of its own.
-    ipc_namespace => |row| in_namespace(row, "--ipc", "IPC");
+    ipc_namespace => |row| in_namespace(row, &["unshare", "--ipc"], "IPC");
 
-    /// Users of its own.
-    user_namespace => |row| in_namespace(row, "--map-root-user", "user");
+    /// Users of its own. In a chroot the kernel makes no user namespaces (user_namespaces(7)): so the root of the mount
+    /// namespace is gone to, and back from there.
+    user_namespace => |row| {
+        const THERE_AND_BACK: &str = r#"exec 9</ nsenter --mount=/proc/self/ns/mnt unshare --map-root-user \
+            chroot /proc/self/fd/9 sh -c 'exec 9<&- "$@"' sh "$@""#;
+        in_namespace(row, &["sh", "-c", THERE_AND_BACK, "sh"], "user");
+    };
 
     /// Control groups of its own.
-    cgroup_namespace => |row| in_namespace(row, "--cgroup", "cgroup");
+    cgroup_namespace => |row| in_namespace(row, &["unshare", "--cgroup"], "cgroup");
 
     /// Pids of its own: its first process, and the one outside of which it is a child.
     pid_namespace => |row| {

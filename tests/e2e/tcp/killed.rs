@@ -6,7 +6,7 @@ use std::time::Instant;
 use e2e::{proc, reaper};
 
 use super::*;
-use crate::killed::{Moments, kills, wait_unharmed};
+use crate::killed::{Moments, Span, kills, wait_unharmed};
 
 /// Waits until more of the stream has passed, both ways.
 fn wait_for_progress(pair: &Pair) {
@@ -47,7 +47,8 @@ pub(super) fn in_a_dump(row: &Row) {
     let row = kept(row);
     let pair = Pair::start("endless", "v4", 1);
     let images = row.next_images(&pair.program);
-    let whole = row.dumper.dump(&pair.program, &images, &row.options).expect_success().took.mul_f32(1.3);
+    let whole = row.dumper.dump(&pair.program, &images, &row.options).expect_success().took;
+    let mut span = Span::new(whole.mul_f32(1.3));
     pair.program.expect_gone(&[pair.program.pid()].into());
     row.restore(&pair.program, &images);
     let mut moments = Moments::new();
@@ -57,7 +58,7 @@ pub(super) fn in_a_dump(row: &Row) {
         let images = row.next_images(&pair.program);
         fs::create_dir_all(&images).expect("creating a directory");
         let words = row.dumper.dump_words(&pair.program, &images, &row.options);
-        row.dumper.killed_after(&words, moments.within(whole));
+        span.kill(row.dumper, &words, &mut moments);
         // What is to be killed by somebody who goes on without the engine may still be.
         sleep(Duration::from_millis(20));
         reaper::try_reap(pair.program.pid());
@@ -79,13 +80,13 @@ pub(super) fn in_a_restore(row: &Row) {
     let row = kept(row);
     let pair = Pair::start("endless", "v4", 1);
     let images = row.dump(&pair.program);
-    let whole = row.restore(&pair.program, &images).outcome.took;
+    let mut span = Span::new(row.restore(&pair.program, &images).outcome.took);
     let mut moments = Moments::new();
     for kill in 0..kills() {
         wait_for_progress(&pair);
         let images = row.dump(&pair.program);
         let words = row.restorer.restore_words(&images, &row.options);
-        row.restorer.killed_after(&words, moments.within(whole));
+        span.kill(row.restorer, &words, &mut moments);
         let (alive, closed) = (lives_on(&pair.program), gates_of(&row, &pair.program, &images));
         println!("after kill {kill}: the program {}, gates {closed:?}", if alive { "runs" } else { "is gone" });
         if alive {
