@@ -7,6 +7,9 @@ use e2e::{Row, Workload, rows};
 use super::counter;
 use crate::track::on;
 
+/// Does harm to a file.
+type Spoil<'a> = &'a dyn Fn(&Path);
+
 /// What `verify` says of a directory, and whether it is content.
 fn verify(row: &Row, images: &Path) -> (bool, String) {
     let mut command = Command::new(row.restorer.binary());
@@ -29,7 +32,7 @@ rows! {
         assert_eq!(found["files"].as_u64(), Some(files.count() as u64));
 
         let core = format!("core-{}.img", program.pid());
-        let spoil: [(&str, &dyn Fn(&Path)); 4] = [
+        let spoil: [(&str, Spoil); 4] = [
             (&core, &|path| fs::remove_file(path).expect("removing")),
             ("pages-1.img", &|path| fs::File::options().write(true).open(path).and_then(|f| f.set_len(4096)).expect("cut")),
             ("pstree.img", &|path| fs::write(path, b"nothing").expect("writing")),
