@@ -3,8 +3,8 @@
 //! Both are work of the kernel's, and of much the same size: the task protects its areas, and threads of the engine place
 //! the pages. What takes the least time:
 //!
-//! * Areas are protected before they have pages: afterwards it would take twice as long, for the processor has to forget
-//!   what it knows of each page.
+//! * Areas are protected before they have pages: afterwards it would take longer, for the processor has to forget what it
+//!   knows of each page.
 //! * The kernel locks area by area. Pages are placed behind the task, where areas do not change any more.
 //! * The first page of an area is placed under the lock of the whole address space, unless the area was cut off one that
 //!   has had a page. So one page of each new area is placed before all else.
@@ -14,6 +14,7 @@ use std::sync::{Mutex, PoisonError, mpsc};
 use super::{ExecuteError, Run};
 use crate::kernel::SysError;
 use crate::kernel::fill::{self, Job, Piece};
+use crate::kernel::parallel::processors;
 use crate::kernel::survey::PAGE;
 use crate::plan::{Arg, Call, Stage};
 
@@ -53,7 +54,7 @@ impl Run<'_> {
         };
         std::thread::scope(|scope| {
             // One processor is the task's, as long as it protects.
-            let others: Vec<_> = (0..fill::processors().saturating_sub(1).max(1)).map(|_| scope.spawn(fill)).collect();
+            let others: Vec<_> = (0..processors().saturating_sub(1).max(1)).map(|_| scope.spawn(fill)).collect();
             let mut outcome = Ok(());
             for slice in slices(planned.stage(Stage::Protect), &rest) {
                 outcome = outcome.and_then(|()| self.run_calls(Stage::Protect, &[(task, slice.calls)]));

@@ -17,6 +17,7 @@ use nix::unistd::Pid;
 
 use super::error::During;
 use super::map::SourceMap;
+use super::parallel::processors;
 use super::uffd::{API, UFFDIO_API, UFFDIO_REGISTER};
 use super::{SysError, SysResult};
 
@@ -84,7 +85,7 @@ impl Ground {
 #[derive(Debug)]
 pub struct Source<'a> {
     file: &'a OwnedFd,
-    /// Where it can be mapped: what is placed needs not be read before it is copied, which costs a quarter.
+    /// Where it can be mapped: what is placed needs not be read before it is copied.
     map: Option<SourceMap>,
 }
 
@@ -165,11 +166,6 @@ pub fn fill_alone(jobs: &[Job<'_>], moved: impl Fn(u64)) -> SysResult<()> {
         moved(step.total as u64);
         Ok(())
     })
-}
-
-/// Processors that we may use.
-pub fn processors() -> usize {
-    std::thread::available_parallelism().map_or(1, |n| n.get())
 }
 
 fn steps<'a>(job: &'a Job<'a>) -> Vec<Step<'a>> {

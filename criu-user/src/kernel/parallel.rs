@@ -14,9 +14,14 @@ const MOST: usize = 8;
 /// It takes as long to start a thread as to open five files; so many items at least are worth one.
 const LEAST: usize = 32;
 
+/// Processors that we may use.
+pub fn processors() -> usize {
+    thread::available_parallelism().map_or(1, NonZero::get)
+}
+
 /// Shares items out among as many threads as we may use processors, in pieces; what each has come to is in their order.
 pub fn share<T: Sync, R: Send>(items: &[T], work: impl Fn(&[T]) -> R + Sync) -> Vec<R> {
-    let threads = thread::available_parallelism().map_or(1, NonZero::get).min(MOST);
+    let threads = processors().min(MOST);
     let piece = items.len().div_ceil(threads).max(LEAST);
     thread::scope(|scope| {
         let work = &work;
