@@ -19,6 +19,7 @@ pub mod metrics;
 pub mod object;
 pub mod observer;
 pub mod outcome;
+pub mod parallel;
 pub mod plan;
 pub mod predump;
 pub mod restore;

@@ -14,7 +14,6 @@ use crate::image::proto::{
     CoreEntry, FileEntry, FsEntry, MmEntry, PstreeEntry, RestoreStatsEntry, StatsEntry, TaskKobjIdsEntry, TimensEntry,
 };
 use crate::image::{ImageDir, ImageError, ImageKind, TaskState, references};
-use crate::kernel::parallel;
 use crate::kernel::root::Root;
 use crate::object::cgroup::{Manage, NewRoot};
 use crate::object::file::{Planner, Shelf, read_table};
@@ -22,6 +21,7 @@ use crate::object::outside::Inherit;
 use crate::object::tcp::NetworkLock;
 use crate::object::{ObjectError, cgroup, clocks, creds, fs, locks, memory, shmem, task, tree, waits};
 use crate::observer::{Moment, Objection, Observer, tell};
+use crate::parallel;
 use crate::plan::Plan;
 
 /// What to restore, and how.

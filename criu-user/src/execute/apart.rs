@@ -1,113 +1,108 @@
-//! Protecting and filling an address space of thousands of areas, at the same time.
+//! Filling and protecting an address space of thousands of areas, at the same time.
 //!
-//! Both are work of the kernel's, and of much the same size: the task protects its areas, and threads of the engine place
-//! the pages. What takes the least time:
+//! Both are work of the kernel's, and of much the same size: the engine places the pages, and the task protects its areas.
+//! What takes the least time:
 //!
-//! * Areas are protected before they have pages: afterwards it would take longer, for the processor has to forget what it
-//!   knows of each page.
-//! * The kernel locks area by area. Pages are placed behind the task, where areas do not change any more.
-//! * The first page of an area is placed under the lock of the whole address space, unless the area was cut off one that
-//!   has had a page. So one page of each new area is placed before all else.
-
-use std::sync::{Mutex, PoisonError, mpsc};
+//! * Pages are placed before their areas are cut out of a larger one: a call that places a single page takes twice as long
+//!   as one page of many. (To protect an area that has a page takes only a fifth longer.)
+//! * The kernel locks area by area, and an area stays locked while pages are placed into it. So the memory is first cut
+//!   into blocks, by protecting one area here and there. While a block is filled, the task protects what is in the one
+//!   before.
+//! * It is the engine's first thread that fills. Had it nothing to do but wait, the kernel would often have the task and a
+//!   thread that fills on the same processor.
+//! * A block is taken from the userfaultfd while it still is one area.
 
 use super::{ExecuteError, Run};
 use crate::kernel::SysError;
-use crate::kernel::fill::{self, Job, Piece};
-use crate::kernel::parallel::processors;
-use crate::kernel::survey::PAGE;
+use crate::kernel::fill::{self, Ground, Job, Piece};
 use crate::plan::{Arg, Call, Stage};
 
-/// Calls that protect areas one after the other, and the pages that lie behind the areas of the slice before.
-struct Slice<'a> {
+/// A part of the memory, and the calls that protect areas in it.
+#[derive(Debug)]
+struct Block<'a> {
+    start: u64,
+    end: u64,
     calls: &'a [Call],
-    /// The areas.
-    areas: Vec<(u64, u64)>,
-    /// For each job, the pages up to the end of the last area; in the last slice, all that are left.
+    /// For each job, the pages that lie in the block.
     pieces: Vec<Vec<Piece>>,
 }
 
+/// Calls of a block.
+const BLOCK: usize = 500;
+
 /// Whether there are so many areas to protect that it is worth the trouble.
 pub(super) fn is_worth_it(calls: &[Call]) -> bool {
-    calls.len() > 2 * SLICE
+    calls.len() > 2 * BLOCK
 }
 
-/// Calls of a slice.
-const SLICE: usize = 500;
+/// Bytes of a block from which on it is worth starting threads to fill it.
+const LARGE: u64 = 16 << 20;
 
 impl Run<'_> {
-    /// Has a task make the calls that protect its areas, and places the pages of these jobs, all in new areas of it.
-    pub(super) fn fill_apart(&self, task: usize, jobs: &[Job<'_>]) -> Result<(), ExecuteError> {
+    /// Places the pages of these jobs, all in new areas of a task, and has it make the calls that protect its areas.
+    pub(super) fn fill_apart(&self, task: usize, ground: &Ground, jobs: &[Job<'_>]) -> Result<(), ExecuteError> {
         let planned = &self.plan.tasks[task];
-        let observer = self.observer;
-        let (seeds, rest): (Vec<_>, Vec<_>) = jobs.iter().map(|job| seeds(job.pieces, &planned.fresh)).unzip();
-        fill::fill_alone(&with_pieces(jobs, &seeds), |bytes| observer.moved(bytes))?;
-        let (protected, next) = mpsc::channel::<Slice<'_>>();
-        let next = Mutex::new(next);
-        let fill = || {
-            let next = || next.lock().unwrap_or_else(PoisonError::into_inner).recv();
-            while let Ok(slice) = next() {
-                let pieces: Vec<_> = slice.pieces.iter().map(|pieces| cut(pieces, &slice.areas)).collect();
-                fill::fill_alone(&with_pieces(jobs, &pieces), |bytes| observer.moved(bytes))?;
-            }
-            Ok::<(), SysError>(())
-        };
-        std::thread::scope(|scope| {
-            // One processor is the task's, as long as it protects.
-            let others: Vec<_> = (0..processors().saturating_sub(1).max(1)).map(|_| scope.spawn(fill)).collect();
-            let mut outcome = Ok(());
-            for slice in slices(planned.stage(Stage::Protect), &rest) {
-                outcome = outcome.and_then(|()| self.run_calls(Stage::Protect, &[(task, slice.calls)]));
-                if outcome.is_err() || protected.send(slice).is_err() {
-                    break;
-                }
-            }
-            drop(protected);
-            outcome = outcome.and_then(|()| Ok(fill()?));
-            others.into_iter().fold(outcome, |outcome, thread| {
-                let filled = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-                outcome.and(filled.map_err(ExecuteError::from))
-            })
-        })
-    }
-}
-
-/// The same jobs with other pieces.
-fn with_pieces<'a>(jobs: &[Job<'a>], pieces: &'a [Vec<Piece>]) -> Vec<Job<'a>> {
-    jobs.iter().zip(pieces).map(|(&job, pieces)| Job { pieces, ..job }).collect()
-}
-
-/// One page of each of the ranges, and all other pages. Both ascend.
-fn seeds(pieces: &[Piece], ranges: &[(u64, u64)]) -> (Vec<Piece>, Vec<Piece>) {
-    let (mut seeds, mut rest) = (Vec::new(), Vec::with_capacity(pieces.len()));
-    let mut ranges = ranges.iter().peekable();
-    for &(at, len, offset) in pieces {
-        while ranges.next_if(|range| range.1 <= at).is_some() {}
-        if ranges.next_if(|range| range.0 <= at).is_some() {
-            seeds.push((at, PAGE, offset));
-            rest.push((at + PAGE, len - PAGE, offset + PAGE));
-        } else {
-            rest.push((at, len, offset));
+        let protect = |calls: &[Call]| self.run_calls(Stage::Protect, &[(task, calls)]);
+        let calls = planned.stage(Stage::Protect);
+        let (areas, others) = calls.split_at(calls.iter().take_while(|call| area(call).is_some()).count());
+        let borders: Vec<Call> = borders(areas).cloned().collect();
+        protect(&borders)?;
+        let mut rest: &[Call] = &[];
+        for block in blocks(areas, jobs.iter().map(|job| job.pieces)) {
+            let started = self.start(task, rest)?;
+            block.fill(ground, &planned.fresh, jobs, |bytes| self.observer.moved(bytes))?;
+            self.finish(Stage::Protect, &started)?;
+            protect(&rest[started.calls.len()..])?;
+            rest = block.calls;
         }
+        protect(rest)?;
+        protect(others)
     }
-    rest.retain(|piece| piece.1 > 0);
-    (seeds, rest)
 }
 
-/// Cuts calls, and pages with them. The areas ascend; other calls come behind them and go with the last slice.
-fn slices<'a>(calls: &'a [Call], jobs: &[Vec<Piece>]) -> impl Iterator<Item = Slice<'a>> {
-    let areas = calls.iter().take_while(|call| call.nr == libc::SYS_mprotect).count();
-    let count = (areas / SLICE).max(1);
-    let mut from = 0;
-    (0..count).map(move |n| {
-        let last = n + 1 == count;
-        let calls = &calls[n * SLICE..if last { calls.len() } else { (n + 1) * SLICE }];
-        let areas: Vec<_> = calls.iter().map_while(area).collect();
-        let to = areas.last().filter(|_| !last).map_or(u64::MAX, |area| area.1);
-        let pieces = jobs.iter().map(|pieces| within(pieces, from, to)).collect();
-        from = to;
-        Slice { calls, areas, pieces }
-    })
+impl Block<'_> {
+    /// Places its pages, in fresh ranges all of them.
+    fn fill(
+        &self,
+        ground: &Ground,
+        fresh: &[(u64, u64)],
+        jobs: &[Job<'_>],
+        moved: impl Fn(u64) + Sync,
+    ) -> Result<(), SysError> {
+        let jobs: Vec<Job<'_>> = jobs.iter().zip(&self.pieces).map(|(&job, pieces)| Job { pieces, ..job }).collect();
+        let bytes: u64 = self.pieces.iter().flatten().map(|piece| piece.1).sum();
+        if bytes < LARGE {
+            fill::fill_alone(&jobs, moved)?
+        } else {
+            fill::fill(&jobs, moved)?
+        }
+        let first = fresh.partition_point(|range| range.1 <= self.start);
+        for &(start, end) in fresh[first..].iter().take_while(|range| range.0 < self.end) {
+            ground.leave(start.max(self.start), end.min(self.end))?;
+        }
+        Ok(())
+    }
+}
+
+/// The calls that cut the memory into blocks. All ascend.
+fn borders(areas: &[Call]) -> impl Iterator<Item = &Call> {
+    areas.iter().step_by(BLOCK).skip(1)
+}
+
+/// Cuts memory at the borders, in which these pages are to be placed; pieces ascend. A border begins its block.
+fn blocks<'a, 'p>(areas: &'a [Call], jobs: impl Iterator<Item = &'p [Piece]>) -> Vec<Block<'a>> {
+    let borders: Vec<(u64, u64)> = borders(areas).filter_map(area).collect();
+    let mut jobs: Vec<_> = jobs.map(|pieces| cut(pieces, &borders).into_iter().peekable()).collect();
+    let starts = std::iter::once(0).chain(borders.iter().map(|border| border.0));
+    let ends = borders.iter().map(|border| border.0).chain([u64::MAX]);
+    let block = |(n, (start, end)): (usize, (u64, u64))| {
+        let calls = areas.chunks(BLOCK).nth(n).unwrap_or_default();
+        let mut within = |pieces: &mut std::iter::Peekable<std::vec::IntoIter<Piece>>| {
+            std::iter::from_fn(|| pieces.next_if(|piece| piece.0 < end)).collect()
+        };
+        Block { start, end, calls: &calls[usize::from(n > 0)..], pieces: jobs.iter_mut().map(&mut within).collect() }
+    };
+    starts.zip(ends).enumerate().map(block).collect()
 }
 
 /// The area that a call protects.
@@ -116,15 +111,6 @@ fn area(call: &Call) -> Option<(u64, u64)> {
         [Arg::Value(start), Arg::Value(len), ..] if call.nr == libc::SYS_mprotect => Some((start, start + len)),
         _ => None,
     }
-}
-
-/// The parts of these pieces between two addresses.
-fn within(pieces: &[Piece], start: u64, end: u64) -> Vec<Piece> {
-    let part = |&(at, len, offset): &Piece| {
-        let (from, to) = (at.max(start), (at + len).min(end));
-        (from < to).then(|| (from, to - from, offset + (from - at)))
-    };
-    pieces.iter().filter_map(part).collect()
 }
 
 /// The same pieces, cut at the borders of areas. Both ascend.
@@ -149,22 +135,26 @@ mod tests {
     use crate::call;
 
     #[test]
-    fn slices_are_all_calls_and_all_pages_once_and_in_order() {
-        let pieces = [vec![(0x1000, 3000 * 0x2000, 0)], vec![(0x7000_0000, 0x3000, 0x5000)]];
-        for (areas, expected) in [(0, 1), (1, 1), (999, 1), (1000, 2), (1499, 2), (1750, 3)] {
+    fn blocks_are_all_calls_and_all_pages_once_and_in_order() {
+        let jobs = [vec![(0x1000, 3000 * 0x2000, 0)], vec![(0x7000_0000, 0x3000, 0x5000)], vec![]];
+        for (areas, expected) in [(0, 1), (1, 1), (499, 1), (500, 1), (501, 2), (1000, 2), (1001, 3)] {
             let protect = |n: u64| call!(SYS_mprotect(n * 0x2000, 0x1000u64, 1u64), "test");
-            let mut calls: Vec<Call> = (0..areas).map(protect).collect();
-            calls.push(call!(SYS_madvise(0u64, 0x1000u64, 102u64), "a guard"));
-            let slices: Vec<Slice<'_>> = slices(&calls, &pieces).collect();
-            assert_eq!(slices.len(), expected, "{areas} areas");
-            assert_eq!(slices.iter().map(|slice| slice.areas.len()).sum::<usize>(), areas as usize);
-            assert!(slices.iter().flat_map(|slice| slice.calls).eq(&calls));
-            for (n, job) in pieces.iter().enumerate() {
+            let areas: Vec<Call> = (0..areas).map(protect).collect();
+            let blocks = blocks(&areas, jobs.iter().map(Vec::as_slice));
+            assert_eq!(blocks.len(), expected, "{} areas", areas.len());
+            let mut calls: Vec<&Call> = borders(&areas).chain(blocks.iter().flat_map(|block| block.calls)).collect();
+            calls.sort_by_key(|call| area(call));
+            assert!(calls.into_iter().eq(&areas));
+            assert!(blocks.is_sorted_by(|one, next| one.end == next.start));
+            for (n, job) in jobs.iter().enumerate() {
                 let mut joined: Vec<Piece> = Vec::new();
-                for &(at, len, offset) in slices.iter().flat_map(|slice| &slice.pieces[n]) {
-                    match joined.last_mut() {
-                        Some(last) if last.0 + last.1 == at && last.2 + last.1 == offset => last.1 += len,
-                        _ => joined.push((at, len, offset)),
+                for block in &blocks {
+                    for &(at, len, offset) in &block.pieces[n] {
+                        assert!(block.start <= at && at + len <= block.end);
+                        match joined.last_mut() {
+                            Some(last) if last.0 + last.1 == at && last.2 + last.1 == offset => last.1 += len,
+                            _ => joined.push((at, len, offset)),
+                        }
                     }
                 }
                 assert_eq!(joined, *job);
@@ -179,16 +169,5 @@ mod tests {
             cut(&pieces, &[(0x500, 0x2000), (0x3000, 0x4000), (0x8000, 0x9000)]),
             [(0x1000, 0x1000, 0), (0x2000, 0x1000, 0x1000), (0x3000, 0x1000, 0x2000), (0x8000, 0x1000, 0x3000)]
         );
-        assert_eq!(within(&pieces, 0, 0x2000), [(0x1000, 0x1000, 0)]);
-        assert_eq!(within(&pieces, 0x2000, 0x8000), [(0x2000, 0x2000, 0x1000)]);
-        assert_eq!(within(&pieces, 0x8000, u64::MAX), [(0x8000, 0x1000, 0x3000)]);
-    }
-
-    #[test]
-    fn each_range_has_a_page_at_once() {
-        let pieces = [(0x1000, 0x1000, 0), (0x3000, 0x2000, 0x1000), (0x9000, 0x1000, 0x3000)];
-        let (seeds, rest) = seeds(&pieces, &[(0x1000, 0x8000), (0x8000, 0x9000), (0x9000, 0xa000)]);
-        assert_eq!(seeds, [(0x1000, 0x1000, 0), (0x9000, 0x1000, 0x3000)]);
-        assert_eq!(rest, [(0x3000, 0x2000, 0x1000)]);
     }
 }

@@ -38,11 +38,13 @@ impl Run<'_> {
                 let jobs: Vec<_> = self.jobs(made.task, Some(ground), &sources).collect();
                 let (placed, written): (Vec<_>, Vec<_>) = jobs.into_iter().partition(|job| job.ground.is_some());
                 fill::fill(&written, |bytes| self.observer.moved(bytes))?;
-                self.fill_apart(made.task, &placed)?;
+                self.fill_apart(made.task, ground, &placed)?;
                 rest.retain(|&n| n != made.task);
             }
         }
-        self.fill_whole(&rest, &made, &sources)?;
+        if !rest.is_empty() {
+            self.fill_whole(&rest, &made, &sources)?;
+        }
         // With the last descriptor the areas are as any.
         let open: Vec<(usize, u64)> = made.into_iter().map(|made| (made.task, made.fd)).collect();
         for (task, fd) in open {

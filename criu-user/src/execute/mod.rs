@@ -26,11 +26,11 @@ pub use error::ExecuteError;
 use images::Images;
 use layout::Layout;
 
-use crate::agent::{AgentError, Crew, Member};
+use crate::agent::{AgentError, Batch, Crew, Member};
 use crate::kernel::clone;
 use crate::kernel::error::During;
 use crate::kernel::gate::Gate;
-use crate::kernel::parallel;
+use crate::kernel::proc;
 use crate::kernel::ptrace::{self, Stop};
 use crate::object::{ObjectError, clocks};
 use crate::observer::{Moment, Observer, tell};
@@ -69,7 +69,7 @@ fn execute_blocked(
 ) -> Result<Pid, ExecuteError> {
     if let Some(offsets) = &plan.clocks {
         // The kernel does that for a process of one thread alone (setns(2) of a time namespace).
-        parallel::wait_until_alone()?;
+        proc::wait_until_alone()?;
         clocks::enter(offsets)?;
     }
     let layout = Layout::choose(plan)?;
@@ -100,7 +100,7 @@ fn refuse_taken_pids(plan: &Plan) -> Result<(), ExecuteError> {
     let begin = Instant::now();
     // To ask by a signal that is none costs less than to look it up in /proc.
     for task in plan.tasks.iter().filter(|task| kill(task.tid, None) != Err(Errno::ESRCH)) {
-        let holder = || crate::kernel::proc::stat(task.tid, None);
+        let holder = || proc::stat(task.tid, None);
         while begin.elapsed() < LATE && holder().is_ok_and(|stat| stat.state == 'Z') {
             std::thread::sleep(Duration::from_millis(2));
         }
@@ -113,6 +113,13 @@ fn refuse_taken_pids(plan: &Plan) -> Result<(), ExecuteError> {
         }
     }
     Ok(())
+}
+
+/// Calls that a task is making.
+struct Started<'c> {
+    task: usize,
+    calls: &'c [Call],
+    batch: Batch,
 }
 
 struct Run<'a> {
@@ -277,28 +284,35 @@ impl Run<'_> {
     fn run_calls(&self, stage: Stage, work: &[(usize, &[Call])]) -> Result<(), ExecuteError> {
         let mut left = work.to_vec();
         while !left.is_empty() {
-            let mut started = Vec::with_capacity(left.len());
-            for (n, calls) in &left {
-                let (batch, taken) = self.batch(*n, calls)?;
-                self.crew.start(Member(*n), &batch)?;
-                started.push((*n, &calls[..taken], batch));
+            let started: Vec<_> = left.iter().map(|(n, calls)| self.start(*n, calls)).collect::<Result<_, _>>()?;
+            for started in &started {
+                self.finish(stage, started)?;
             }
-            for (n, calls, batch) in &started {
-                match self.crew.finish(Member(*n), batch) {
-                    Ok(outcome) => {
-                        self.check(*n, calls, &outcome)?;
-                        if stage == Stage::Fill {
-                            self.observer.moved(calls.iter().map(Call::memory).sum());
-                        }
-                    }
-                    Err(AgentError::Gone { .. }) if self.ends(*n, stage) => {}
-                    Err(err) => return Err(err.into()),
-                }
-            }
-            for (rest, (_, calls, _)) in left.iter_mut().zip(&started) {
-                rest.1 = &rest.1[calls.len()..];
+            for (rest, started) in left.iter_mut().zip(&started) {
+                rest.1 = &rest.1[started.calls.len()..];
             }
             left.retain(|(_, calls)| !calls.is_empty());
+        }
+        Ok(())
+    }
+
+    /// Lets a task make the first of these calls, as many as its slot holds.
+    fn start<'c>(&self, task: usize, calls: &'c [Call]) -> Result<Started<'c>, ExecuteError> {
+        let (batch, taken) = self.batch(task, calls)?;
+        self.crew.start(Member(task), &batch)?;
+        Ok(Started { task, calls: &calls[..taken], batch })
+    }
+
+    /// Waits until it has made them.
+    fn finish(&self, stage: Stage, started: &Started<'_>) -> Result<(), ExecuteError> {
+        let &Started { task, calls, ref batch } = started;
+        match self.crew.finish(Member(task), batch) {
+            Ok(outcome) => self.check(task, calls, &outcome)?,
+            Err(AgentError::Gone { .. }) if self.ends(task, stage) => return Ok(()),
+            Err(err) => return Err(err.into()),
+        }
+        if stage == Stage::Fill {
+            self.observer.moved(calls.iter().map(Call::memory).sum());
         }
         Ok(())
     }
@@ -316,8 +330,8 @@ impl Run<'_> {
     fn kill(&self, root: Pid) {
         for task in &self.plan.tasks {
             // Only those that the plan has created and that are ours: children of the crew or the engine.
-            let ours = crate::kernel::proc::read_text(&format!("/proc/{}/maps", task.tid))
-                .is_ok_and(|maps| maps.contains("memfd:criu-ebpf"));
+            let ours =
+                proc::read_text(&format!("/proc/{}/maps", task.tid)).is_ok_and(|maps| maps.contains("memfd:criu-ebpf"));
             if ours || task.tid == root {
                 let _ = kill(task.pid, nix::sys::signal::Signal::SIGKILL);
             }

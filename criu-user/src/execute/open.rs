@@ -5,9 +5,10 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use tracing::debug;
 
 use super::ExecuteError;
+use crate::kernel::SysResult;
 use crate::kernel::fd::{close_all, duplicate_above, make_room, take_below};
-use crate::kernel::{SysResult, parallel};
 use crate::observer::Observer;
+use crate::parallel;
 use crate::plan::{Apart, Opened, Opener, Plan};
 
 /// Fewer are not worth a thread: it takes as long to start one as to make five sockets.

@@ -17,12 +17,14 @@ use nix::unistd::Pid;
 
 use super::error::During;
 use super::map::SourceMap;
-use super::parallel::processors;
 use super::uffd::{API, UFFDIO_API, UFFDIO_REGISTER};
 use super::{SysError, SysResult};
+use crate::parallel::processors;
 
 /// UFFDIO_COPY: `_IOWR(0xaa, …)` with 40 bytes.
 const COPY: u64 = 0xc028_aa03;
+/// UFFDIO_UNREGISTER: `_IOR(0xaa, …)` with 16 bytes.
+const UNREGISTER: u64 = 0x8010_aa01;
 const MODE_MISSING: u64 = 1;
 /// Nobody waits for the page.
 const DONTWAKE: u64 = 1;
@@ -53,6 +55,12 @@ impl Ground {
                 .during("ioctl(UFFDIO_REGISTER)", format!("{start:#x}-{end:#x}"))?;
         }
         Ok(ground)
+    }
+
+    /// Gives a part of it up before the end. That takes as long as there are areas in it.
+    pub fn leave(&self, start: u64, end: u64) -> SysResult<()> {
+        let what = || format!("{start:#x}-{end:#x}");
+        self.ioctl(UNREGISTER, &mut [start, end - start]).during("ioctl(UFFDIO_UNREGISTER)", what())
     }
 
     fn ioctl<const N: usize>(&self, request: u64, words: &mut [u64; N]) -> Result<(), Errno> {

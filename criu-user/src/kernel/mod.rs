@@ -22,7 +22,6 @@ pub mod nftables;
 pub mod packet_diag;
 pub mod page_set;
 pub mod pagemap;
-pub mod parallel;
 pub mod pidfd;
 pub mod pipe;
 pub mod probe;

@@ -7,6 +7,7 @@
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -125,6 +126,21 @@ impl Shown {
         }
         threads(pid).ok()?.into_iter().find(alive).map(|by| Self { pid, by })
     }
+}
+
+/// Waits until this thread is the only one of its process. Whoever joins a thread may go on a moment before the kernel
+/// has counted it out.
+pub fn wait_until_alone() -> SysResult<()> {
+    const PATIENCE: Duration = Duration::from_secs(1);
+    const TASKS: &str = "/proc/self/task";
+    let begin = Instant::now();
+    while fs::read_dir(TASKS).during("read directory", TASKS)?.count() > 1 {
+        if begin.elapsed() > PATIENCE {
+            return Err(SysError::new("wait for threads of the engine's own", TASKS, Errno::ETIMEDOUT));
+        }
+        std::thread::yield_now();
+    }
+    Ok(())
 }
 
 /// Pages of a process that are in memory, files' included; 0 if it has ended.

@@ -48,7 +48,7 @@ pub fn check(
 }
 
 fn own() -> Result<Vec<u8>, ObjectError> {
-    let areas = survey::vmas_of(Pid::this())?;
+    let areas = survey::layout_of(Pid::this())?;
     match areas.iter().find(|area| area.special() == Some("[vdso]")) {
         Some(area) => Ok(ProcessMemory::open(Pid::this())?.read(area.start, area.len() as usize)?),
         None => Ok(Vec::new()),

@@ -4,10 +4,10 @@ use std::collections::HashMap;
 
 use crate::image::proto::{InetSkEntry, TcpStreamEntry};
 use crate::image::{ImageDir, ImageError, ImageKind};
-use crate::kernel::parallel;
 use crate::object::file::Planner;
 use crate::object::inet::is_tcp;
 use crate::object::sockopt::state;
+use crate::parallel;
 
 /// What an image has; `None` where there is no image, and an empty one has no message.
 type Stream = Result<Option<Option<(TcpStreamEntry, Vec<u8>)>>, ImageError>;

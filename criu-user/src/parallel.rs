@@ -1,22 +1,18 @@
 //! Work that several processors share.
 
 use std::num::NonZero;
+use std::sync::OnceLock;
 use std::thread;
-use std::time::{Duration, Instant};
-
-use nix::errno::Errno;
-
-use super::error::During;
-use super::{SysError, SysResult};
 
 /// More threads than this wait for locks of the kernel's rather than work.
 const MOST: usize = 8;
 /// It takes as long to start a thread as to open five files; so many items at least are worth one.
 const LEAST: usize = 32;
 
-/// Processors that we may use.
+/// Processors that we may use; asked once, for the answer is in half a dozen files.
 pub fn processors() -> usize {
-    thread::available_parallelism().map_or(1, NonZero::get)
+    static KNOWN: OnceLock<usize> = OnceLock::new();
+    *KNOWN.get_or_init(|| thread::available_parallelism().map_or(1, NonZero::get))
 }
 
 /// Shares items out among as many threads as we may use processors, in pieces; what each has come to is in their order.
@@ -38,21 +34,6 @@ pub fn share<T: Sync, R: Send>(items: &[T], work: impl Fn(&[T]) -> R + Sync) -> 
 /// Does the same to each item, shared out; the results are in the items' order.
 pub fn map<T: Sync, R: Send>(items: &[T], one: impl Fn(&T) -> R + Sync) -> Vec<R> {
     share(items, |piece| piece.iter().map(&one).collect::<Vec<R>>()).into_iter().flatten().collect()
-}
-
-/// Waits until this thread is the only one of its process. Whoever joins a thread may go on a moment before the kernel
-/// has counted it out.
-pub fn wait_until_alone() -> SysResult<()> {
-    const PATIENCE: Duration = Duration::from_secs(1);
-    const TASKS: &str = "/proc/self/task";
-    let begin = Instant::now();
-    while std::fs::read_dir(TASKS).during("read directory", TASKS)?.count() > 1 {
-        if begin.elapsed() > PATIENCE {
-            return Err(SysError::new("wait for threads of the engine's own", TASKS, Errno::ETIMEDOUT));
-        }
-        thread::yield_now();
-    }
-    Ok(())
 }
 
 #[cfg(test)]
