@@ -21,6 +21,7 @@ workload_rows! { "memory.py";
     executable
     many_mappings
     many_protections
+    large_protections
     advice_dontfork
     advice_dontdump
     advice_hugepage

@@ -390,6 +390,28 @@ def many_protections():
     process.finish()
 
 
+@case
+def large_protections():
+    """Areas of alternating protection with many pages each, and without any here and there."""
+    count, size = 2600, 9 * PAGE
+    at = map_at(count * size)
+
+    def wanted(n):
+        return bytes(size) if n % 7 == 0 else b"%8d" % n + bytes([n % 251]) * (size - 8)
+
+    for n in range(count):
+        if n % 7:
+            put(at + n * size, wanted(n))
+    for n in range(0, count, 2):
+        call("mprotect", at + n * size, size, READ)
+    yield
+    for n in range(count):
+        if get(at + n * size, size) != wanted(n):
+            raise AssertionError(f"area {n}")
+    call("mprotect", at, count * size, READ | WRITE)
+    put(at, pattern(size))
+
+
 def advice(name, number, flag):
     """A case about one madvise setting, as smaps shows it."""
 
