@@ -23,7 +23,7 @@ use crate::live::{self, Live};
 use crate::object::cgroup::Manage;
 use crate::object::file::Capture;
 use crate::object::ghost::{self, Links};
-use crate::object::memory::{Pages, Past, Prepared};
+use crate::object::memory::{Crowded, Pages, Past, Prepared};
 use crate::object::outside::{External, Inherit};
 use crate::object::tcp::{Hold, NetworkLock};
 use crate::object::{
@@ -178,18 +178,21 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
     let live = if options.live { Live::prepare(options.pid) } else { Live::default() };
     let (mut lineage, history) = Lineage::begin(options.pid, &options.tracking, &dir)?;
     let shape = lineage.is_tracked().then(|| Shape::of_tree(options.pid));
+    let tree = proc::tree(options.pid);
+    // A copy may need as much again as it writes.
+    let crowded = Crowded::look(&tree, if options.live { 2 } else { 1 });
     // With a parent there is little to write, and nobody knows how much.
     let prepared = if options.release == Release::Kill || options.live || !history.is_empty() {
         Prepared::default()
     } else {
-        Prepared::make(&dir, &proc::tree(options.pid))
+        Prepared::make(&dir, &tree)
     };
     surveyor.read_ahead(options.pid);
     let frozen = freeze::freeze(options.pid, options.timeout, options.freeze_cgroup.as_deref())?;
     let (processes, threads) = (frozen.processes.len(), frozen.processes.iter().map(|p| p.threads.len()).sum());
     info!(processes, threads, took = ?frozen.took, "the tree stands still");
     let writing = Instant::now();
-    let past = Past { prepared, ..lineage.confirm(history, options.release) };
+    let past = Past { prepared, crowded, ..lineage.confirm(history, options.release) };
     let Written { mut pages, links, hold, mut live } =
         write_images(options, observer, &dir, &frozen, &mut surveyor, hold, (past, live))?;
     let mut writing = writing.elapsed();

@@ -111,8 +111,13 @@ impl Live {
             return Ok(Some(mm));
         }
         let filters = process.threads.first().and_then(|thread| thread.filters.as_deref());
-        let taken = match filters.and_then(alone::obstacle_to_copying) {
-            Some(call) => Err(format!("it forbids itself the call {call}, which makes a copy safe")),
+        let obstacle = filters.and_then(alone::obstacle_to_copying);
+        let obstacle = obstacle.map(|call| format!("it forbids itself the call {call}, which makes a copy safe"));
+        // There are only so many. Who writes to one that a copy has as well needs another, and is killed if there is none.
+        let huge =
+            || vmas.iter().any(memory::has_private_huge_pages).then(|| "it has huge pages of hugetlbfs".to_owned());
+        let taken = match obstacle.or_else(huge) {
+            Some(why) => Err(why),
             None => match Snapshot::take(cx, guest, process, vmas, orphans, aside.busy()?) {
                 Ok(snapshot) => Ok(snapshot),
                 Err(ObjectError::Agent(AgentError::NoCopy { errno, .. })) => {

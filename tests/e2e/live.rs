@@ -86,10 +86,10 @@ pub(crate) fn reap_copies(program: &Program, images: &Path) {
 }
 
 /// A control group (version 1) with one setting, and everything of a program in it; removed when dropped.
-struct Group(PathBuf);
+pub(crate) struct Group(PathBuf);
 
 impl Group {
-    fn new(controller: &str, program: &Program, file: &str, value: impl FnOnce(&Path) -> String) -> Self {
+    pub(crate) fn new(controller: &str, program: &Program, file: &str, value: impl FnOnce(&Path) -> String) -> Self {
         let dir = PathBuf::from(format!("/sys/fs/cgroup/{controller}/e2e-live-{}", program.pid()));
         fs::create_dir(&dir).unwrap_or_else(|error| panic!("creating {}: {error}", dir.display()));
         let group = Self(dir);
@@ -110,7 +110,7 @@ impl Drop for Group {
 }
 
 /// A dump that falls back for `reason`, is good all the same, and does the program no harm.
-fn falls_back(row: &Row, mut program: Program, reason: &str, group: Option<Group>) {
+pub(crate) fn falls_back(row: &Row, mut program: Program, reason: &str, group: Option<Group>) {
     let mut options = options();
     options.dump.push("--manage-cgroups=ignore".into());
     let row = row.with(options);
@@ -302,6 +302,20 @@ rows! {
         // Its memory was charged before it came here: what it would write anew is not.
         let group = Group::new("memory", &program, "memory.limit_in_bytes", |_| (64 << 20).to_string());
         falls_back(row, program, "if it wrote to all of its memory", Some(group));
+    };
+
+    /// A group that bears the copy of a program that writes to all of its memory, but not what the copy would write into a
+    /// tmpfs as well.
+    little_memory_left => |row| {
+        let row = row.with(options());
+        let mut program = live("large_written").start();
+        let group = Group::new("memory", &program, "memory.limit_in_bytes", |_| (600 << 20).to_string());
+        let images = crate::memory::on_tmpfs();
+        let outcome = row.dumper.dump(&program, images.path(), &row.options).expect_success();
+        reap_copies(&program, images.path());
+        assert!(outcome.printed.contains("\"copied\":1"), "{}", outcome.printed);
+        drop(group);
+        program.finish();
     };
 
     /// A filter that would kill it if the engine died while it is copied.

@@ -7,6 +7,7 @@ mod credentials;
 mod events;
 mod files;
 mod freeze;
+mod hugetlb;
 mod inet;
 mod killed;
 mod live;

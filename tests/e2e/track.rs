@@ -67,7 +67,7 @@ pub(crate) fn remove_images(program: &Program) {
 }
 
 /// Pre-dump three times, dump, restore, compare every byte.
-fn exact(row: &Row, case: &str) {
+pub(crate) fn exact(row: &Row, case: &str) {
     let mut program = writes(case).start();
     let mut moments = Moments::new();
     for _ in 0..cycles() {

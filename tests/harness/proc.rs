@@ -75,10 +75,17 @@ pub fn maps(pid: i32) -> Vec<String> {
         let words: Vec<&str> = line.split_whitespace().collect();
         let number = |text: &str| u64::from_str_radix(text, 16).unwrap_or_else(|error| panic!("{line}: {error}"));
         let (start, end) = words[0].split_once('-').map(|(a, b)| (number(a), number(b))).expect("start-end");
-        let path = words.get(5..).unwrap_or_default().join(" ").replace("/memfd:/dev/zero", "/dev/zero");
-        let offset = number(words[2]);
+        let path = words.get(5..).unwrap_or_default().join(" ");
+        let path = ["/dev/zero", "/anon_hugepage"]
+            .into_iter()
+            .fold(path, |path, name| path.replace(&format!("/memfd:{name}"), name));
+        // Where private huge pages begin in the file that the kernel made for them depends on what was mapped together.
+        let offset = if path.starts_with("/anon_hugepage") && words[1].ends_with('p') { 0 } else { number(words[2]) };
         if let Some((first, last, perms, at, name)) = areas.last_mut() {
-            let continues = path.is_empty() || path.starts_with('[') || *at + (*last - *first) == offset;
+            let continues = path.is_empty()
+                || path.starts_with(['['])
+                || offset == 0 && *at == 0 && words[1].ends_with('p') && path.starts_with("/anon_hugepage")
+                || *at + (*last - *first) == offset;
             if *last == start && perms == words[1] && *name == path && continues {
                 *last = end;
                 continue;

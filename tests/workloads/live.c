@@ -293,6 +293,16 @@ static void large(void)
 	one_round(&fill);
 }
 
+/* Much memory, and all of it is written to all the time. */
+static void large_written(void)
+{
+	struct range fill = map("fill", 384 * MIB, MAP_PRIVATE, MADV_NOHUGEPAGE);
+	one_round(&fill);
+	say_ready();
+	while (!told_to_go())
+		one_round(&fill);
+}
+
 /* It would be killed for making a process. */
 static void without_clone(void)
 {
@@ -309,5 +319,5 @@ static void without_clone(void)
 
 static const struct test_case cases[] = { CASE(writers), CASE(one_instant), CASE(tree),	    CASE(unnoticed),
 					  CASE(subreaper), CASE(large),
-					  CASE(without_clone) };
+					  CASE(large_written),					  CASE(without_clone) };
 RUN_CASES(cases)

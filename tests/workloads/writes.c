@@ -452,6 +452,25 @@ static void vmspliced(void)
 	scribble(iov.iov_base);
 }
 
+/* Huge pages of hugetlbfs: of these there are only so many. */
+static char *reserved;
+
+static void hugetlb_begin(void)
+{
+	reserved = anonymous(6 * HUGE, MAP_PRIVATE | MAP_HUGETLB);
+	fill(reserved, 5 * HUGE);
+	fill(plain = anonymous(PAGES * PAGE, MAP_PRIVATE), PAGES * PAGE);
+}
+
+static void hugetlb(void)
+{
+	if (any(10) == 0)
+		scribble(reserved + any(6 * HUGE / PAGE) * PAGE);
+	if (any(50) == 0)
+		CHECK(!madvise(reserved + any(6) * HUGE, HUGE, MADV_DONTNEED), "madvise: %m");
+	scribble(plain + any(PAGES) * PAGE);
+}
+
 static void nothing(void)
 {
 }
@@ -480,9 +499,16 @@ static const struct way {
 	{ "family", family_begin, family },
 	{ "pageout", pageout_begin, pageout },
 	{ "vmspliced", vmspliced_begin, vmspliced },
+	/* What must be allowed first is the last, and not part of everything. */
+	{ "hugetlb", hugetlb_begin, hugetlb },
 };
 
 #define WAYS (sizeof ways / sizeof *ways)
+
+static int is_asked_for(size_t way, const char *word)
+{
+	return !strcmp(word, "everything") ? way + 1 < WAYS : !strcmp(word, ways[way].name);
+}
 
 static void *scribbler(void *number)
 {
@@ -502,7 +528,7 @@ int main(int argc, char **argv)
 	clock_gettime(CLOCK_REALTIME, &now);
 	seed = now.tv_nsec;
 	for (size_t n = 0; n < WAYS; n++)
-		if (everything || !strcmp(argv[1], ways[n].name)) {
+		if (is_asked_for(n, argv[1])) {
 			ways[n].begin();
 			known = 1;
 		}
@@ -515,7 +541,7 @@ int main(int argc, char **argv)
 	say_ready();
 	while (!told_to_go()) {
 		for (size_t n = 0; n < WAYS; n++)
-			if (everything || !strcmp(argv[1], ways[n].name))
+			if (is_asked_for(n, argv[1]))
 				ways[n].step();
 		nap();
 	}

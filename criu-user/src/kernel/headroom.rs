@@ -21,7 +21,16 @@ pub fn of(pid: Pid) -> SysResult<Headroom> {
     let meminfo = KeyValues::read("/proc/meminfo".to_owned())?;
     let kib =
         |key| meminfo.words(key).map(|words| words.first().and_then(|n| n.parse::<u64>().ok()).unwrap_or(0) * 1024);
-    let mut least = Headroom { bytes: kib("MemAvailable")? + kib("SwapFree")?, of: "the machine".to_owned() };
+    let machine = Headroom { bytes: kib("MemAvailable")? + kib("SwapFree")?, of: "the machine".to_owned() };
+    Ok(match of_groups(pid)? {
+        Some(group) if group.bytes < machine.bytes => group,
+        _ => machine,
+    })
+}
+
+/// The least that one of the groups of a process has left; `None` if none has a limit.
+pub fn of_groups(pid: Pid) -> SysResult<Option<Headroom>> {
+    let mut least: Option<Headroom> = None;
     let hierarchies = cgroup::hierarchies()?;
     for (controllers, group) in cgroup::memberships(pid, pid)? {
         if !controllers.is_empty() && !controllers.split(',').any(|name| name == "memory") {
@@ -30,8 +39,9 @@ pub fn of(pid: Pid) -> SysResult<Headroom> {
         let Some(hierarchy) = hierarchies.iter().find(|h| h.controllers == controllers) else { continue };
         let Some(mut dir) = hierarchy.dir(&group) else { continue };
         while dir.starts_with(&hierarchy.mount) {
-            if let Some(bytes) = left_in(&dir).filter(|&bytes| bytes < least.bytes) {
-                least = Headroom { bytes, of: format!("the control group {}", dir.display()) };
+            let is_less = |&bytes: &u64| least.as_ref().is_none_or(|known| bytes < known.bytes);
+            if let Some(bytes) = left_in(&dir).filter(is_less) {
+                least = Some(Headroom { bytes, of: format!("the control group {}", dir.display()) });
             }
             if !dir.pop() {
                 break;

@@ -26,6 +26,23 @@ pub struct Segment {
     pub creator: (u32, u32),
     /// Permissions and [`SHM_DEST`].
     pub mode: u32,
+    /// The size of its pages where those are huge, as shmget(2) takes it: SHM_HUGE_2MB, or 0 for the kernel's default.
+    /// [`stat`] does not tell.
+    pub huge: Option<u32>,
+}
+
+impl Segment {
+    /// Bytes that it takes where it is attached.
+    pub fn attached_size(&self) -> u64 {
+        /// SHM_HUGE_SHIFT.
+        const SHIFT: u32 = 26;
+        let page = match self.huge {
+            Some(size) if size != 0 => 1 << (size >> SHIFT),
+            Some(_) => super::proc::huge_page_size(),
+            None => super::survey::PAGE,
+        };
+        self.size.next_multiple_of(page)
+    }
 }
 
 fn failed(call: &'static str, id: i32) -> SysError {
@@ -48,6 +65,7 @@ pub fn stat(id: i32) -> SysResult<Segment> {
             owner: (perm.uid, perm.gid),
             creator: (perm.cuid, perm.cgid),
             mode: perm.mode.into(),
+            huge: None,
         })
     }
 }
@@ -56,7 +74,8 @@ pub fn stat(id: i32) -> SysResult<Segment> {
 pub fn create(wanted: &Segment) -> SysResult<()> {
     const NEXT: &str = "/proc/sys/kernel/shm_next_id";
     std::fs::write(NEXT, wanted.id.to_string()).during("write", NEXT)?;
-    let flags = (wanted.mode & 0o777) as i32 | libc::IPC_CREAT | libc::IPC_EXCL;
+    let huge = wanted.huge.map_or(0, |size| libc::SHM_HUGETLB | size as i32);
+    let flags = (wanted.mode & 0o777) as i32 | libc::IPC_CREAT | libc::IPC_EXCL | huge;
     // SAFETY: numbers only.
     let id = unsafe { libc::shmget(wanted.key, wanted.size as usize, flags) };
     if id < 0 {
@@ -87,14 +106,15 @@ pub fn remove(id: i32) -> SysResult<()> {
     Ok(())
 }
 
-/// The file behind a segment of `size` bytes.
-pub fn file(id: i32, size: u64) -> SysResult<OwnedFd> {
+/// The file behind a segment.
+pub fn file(segment: &Segment) -> SysResult<OwnedFd> {
+    let id = segment.id;
     // SAFETY: attached where the kernel likes, and detached again below; nothing refers to it.
     let at = unsafe { libc::shmat(id, std::ptr::null(), 0) };
     if at as isize == -1 {
         return Err(failed("shmat", id));
     }
-    let end = at as u64 + size.next_multiple_of(super::survey::PAGE);
+    let end = at as u64 + segment.attached_size();
     let path = format!("/proc/self/map_files/{:x}-{end:x}", at as u64);
     let file = OpenOptions::new().read(true).write(true).open(&path).during("open", &path);
     // SAFETY: attached above.

@@ -220,6 +220,15 @@ impl Drop for SourceMap {
 ///
 /// Only the mapping makes such a file; `/proc/self/map_files` (CAP_CHECKPOINT_RESTORE) opens it.
 pub fn anonymous_shared(len: u64) -> SysResult<std::os::fd::OwnedFd> {
+    anonymous_shared_with(len, libc::MAP_NORESERVE)
+}
+
+/// The same of huge pages: `size_flag` is MAP_HUGE_2MB and the like, or 0 for the kernel's default.
+pub fn anonymous_shared_huge(len: u64, size_flag: u32) -> SysResult<std::os::fd::OwnedFd> {
+    anonymous_shared_with(len, libc::MAP_NORESERVE | libc::MAP_HUGETLB | size_flag as i32)
+}
+
+fn anonymous_shared_with(len: u64, flags: i32) -> SysResult<std::os::fd::OwnedFd> {
     let failed = |call| SysError::new(call, format!("{len} bytes shared"), Errno::last());
     // SAFETY: a new mapping at an address of the kernel's choice.
     let base = unsafe {
@@ -227,7 +236,7 @@ pub fn anonymous_shared(len: u64) -> SysResult<std::os::fd::OwnedFd> {
             std::ptr::null_mut(),
             len as usize,
             libc::PROT_NONE,
-            libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            libc::MAP_SHARED | libc::MAP_ANONYMOUS | flags,
             -1,
             0,
         )
@@ -240,4 +249,41 @@ pub fn anonymous_shared(len: u64) -> SysResult<std::os::fd::OwnedFd> {
     // SAFETY: the mapping made above, which nobody has seen.
     unsafe { libc::munmap(base, len as usize) };
     opened.map(Into::into).map_err(|e| SysError::io("open", path, &e))
+}
+
+/// Reads `len` bytes of a file into another that can only be mapped, in pages of this size.
+pub fn read_into(to: impl AsFd, to_at: u64, page: u64, from: impl AsFd, from_at: u64, len: u64) -> SysResult<()> {
+    let start = to_at / page * page;
+    let mapped = ((to_at + len).next_multiple_of(page) - start) as usize;
+    let failed = |call, errno| SysError::new(call, format!("{len} bytes of memory at {to_at:#x}"), errno);
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    let base = unsafe {
+        let (prot, fd) = (libc::PROT_READ | libc::PROT_WRITE, to.as_fd().as_raw_fd());
+        libc::mmap(std::ptr::null_mut(), mapped, prot, libc::MAP_SHARED, fd, start as i64)
+    };
+    if base == libc::MAP_FAILED {
+        return Err(failed("mmap", Errno::last()));
+    }
+    let mut done = 0;
+    let outcome = loop {
+        if done == len {
+            break Ok(());
+        }
+        // SAFETY: the kernel writes to our own mapping, of which nothing is borrowed, and not beyond it.
+        let read = Errno::result(unsafe {
+            let at = base.cast::<u8>().add((to_at - start + done) as usize);
+            libc::pread(from.as_fd().as_raw_fd(), at.cast(), (len - done) as usize, (from_at + done) as i64)
+        });
+        match read {
+            Ok(0) => break Err(failed("pread", Errno::ENODATA)),
+            Ok(bytes) => done += bytes as u64,
+            Err(Errno::EINTR) => {}
+            // A page could not be had.
+            Err(Errno::EFAULT) => break Err(failed("pread", Errno::ENOMEM)),
+            Err(errno) => break Err(failed("pread", errno)),
+        }
+    };
+    // SAFETY: the mapping made above.
+    unsafe { libc::munmap(base, mapped) };
+    outcome
 }

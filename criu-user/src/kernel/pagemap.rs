@@ -81,7 +81,7 @@ const WP_MATCHING: u64 = 1;
 pub const ADDRESSES_END: u64 = 0x7fff_ffff_f000;
 
 /// What to look for.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Query {
     /// Of these kinds all must hold (after `inverted`).
     pub all: PageKind,

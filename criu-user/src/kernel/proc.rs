@@ -143,6 +143,14 @@ pub fn wait_until_alone() -> SysResult<()> {
     Ok(())
 }
 
+/// Bytes of the huge pages that one gets who asks for no size: /proc/meminfo.
+pub fn huge_page_size() -> u64 {
+    const DEFAULT: u64 = 2 << 20;
+    let text = read_text("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("Hugepagesize:"));
+    line.and_then(|line| line.split_ascii_whitespace().next()?.parse::<u64>().ok()).map_or(DEFAULT, |kib| kib * 1024)
+}
+
 /// Pages of a process that are in memory, files' included; 0 if it has ended.
 pub fn resident_pages(pid: Pid) -> u64 {
     let text = read_text(&format!("/proc/{pid}/statm")).unwrap_or_default();

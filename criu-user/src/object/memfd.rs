@@ -11,11 +11,11 @@ use std::path::Path;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{FileStat, Mode, SFlag, fchmod};
-use nix::sys::statfs;
 use nix::unistd::{Gid, Uid, fchown, ftruncate};
 
 use super::ObjectError;
 use super::file::{Capture, FileKind, Planner, Seen};
+use super::hugetlb;
 use super::shmem::{self, Content};
 use crate::image::ImageKind;
 use crate::image::proto::{FdTypes, FileEntry, FownEntry, MemfdFileEntry, MemfdInodeEntry};
@@ -34,10 +34,10 @@ const F_SEAL_SEAL: u32 = 0x1;
 /// Permissions that a memory file is made with.
 const MODE: u32 = 0o777;
 
-/// Whether a file's name in /proc is that of a memory file.
+/// Whether a file's name in /proc is that of a memory file, or of huge pages that processes share, which are one to images.
 pub fn is_name(link: &Path) -> bool {
-    let bytes = link.as_os_str().as_bytes();
-    bytes.starts_with(PREFIX) && bytes.ends_with(super::ghost::DELETED)
+    let name = link.as_os_str().as_bytes().strip_suffix(super::ghost::DELETED);
+    name.is_some_and(|name| name.starts_with(PREFIX) || name == hugetlb::ANONYMOUS)
 }
 
 fn name_of(link: &Path) -> Vec<u8> {
@@ -46,9 +46,12 @@ fn name_of(link: &Path) -> Vec<u8> {
     bytes.strip_prefix(PREFIX).unwrap_or(bytes).to_vec()
 }
 
-/// Memory files met in a dump, by inode.
+/// Memory files met in a dump, by device and inode.
 #[derive(Debug, Default)]
-struct Inodes(BTreeMap<u64, MemfdInodeEntry>);
+struct Inodes(BTreeMap<(u64, u64), MemfdInodeEntry>);
+
+/// Files of huge pages number their inodes by themselves; this keeps them from the numbers of others.
+const OF_HUGE_PAGES: u32 = 1 << 31;
 
 /// Enters the file itself, and gives its number in memfd.img.
 fn enter(
@@ -57,12 +60,15 @@ fn enter(
     stat: &FileStat,
     open: impl Fn() -> Result<OwnedFd, kernel::SysError>,
 ) -> Result<u32, ObjectError> {
-    if let Some(known) = cx.shelf.get::<Inodes>().0.get(&stat.st_ino) {
+    let identity = (stat.st_dev, stat.st_ino);
+    if let Some(known) = cx.shelf.get::<Inodes>().0.get(&identity) {
         return Ok(known.inode_id as u32);
     }
     let file = open()?;
-    let shmid = u32::try_from(stat.st_ino)
+    let huge = hugetlb::size_flag(&file)?;
+    let number = u32::try_from(stat.st_ino)
         .map_err(|_| ObjectError::contradiction(format!("{} has inode {}", link.display(), stat.st_ino)))?;
+    let shmid = if huge.is_some() { number ^ OF_HUGE_PAGES } else { number };
     let entry = MemfdInodeEntry {
         name: name_of(link),
         uid: stat.st_uid,
@@ -71,12 +77,12 @@ fn enter(
         shmid,
         seals: kernel::fd::seals(&file)?,
         inode_id: cx.shelf.get::<Inodes>().0.len() as u64 + 1,
-        hugetlb_flag: None,
+        hugetlb_flag: huge.map(|size| MFdFlags::MFD_HUGETLB.bits() | size),
         mode: Some(stat.st_mode & 0o7777),
     };
     let id = entry.inode_id as u32;
-    shmem::add(cx, stat.st_ino, link.display().to_string(), || Ok(file))?;
-    cx.shelf.get::<Inodes>().0.insert(stat.st_ino, entry);
+    shmem::add(cx, shmid.into(), identity, &link.to_string_lossy(), || Ok(file))?;
+    cx.shelf.get::<Inodes>().0.insert(identity, entry);
     Ok(id)
 }
 
@@ -125,13 +131,7 @@ impl FileKind for Memfd {
     }
 
     fn capture(&self, seen: &Seen, cx: &mut Capture<'_>) -> Result<FileEntry, ObjectError> {
-        let fs = statfs::fstatfs(&seen.file).during("fstatfs", seen.link.display())?;
         let (id, flags, pos, fown) = (seen.id, seen.flags, seen.pos, seen.fown()?);
-        if fs.filesystem_type() == statfs::HUGETLBFS_MAGIC {
-            let what = format!("{} is a memory file of huge pages", seen.link_text());
-            cx.refuse(seen.refuse(what, "make it without MFD_HUGETLB"));
-            return Ok(wrap(MemfdFileEntry { id, flags, pos, fown, inode_id: 0 }));
-        }
         // A description of our own: positions must not move.
         let inode_id = enter(cx, &seen.link, &seen.stat, || kernel::fd::reopen(&seen.file, libc::O_RDONLY))?;
         Ok(wrap(MemfdFileEntry { id, flags, pos, fown, inode_id }))
@@ -150,12 +150,6 @@ impl FileKind for Memfd {
         }
         let inodes = planned.inodes.as_ref();
         let inode = inodes.and_then(|all| all.get(&file.inode_id)).ok_or_else(|| missing("inode"))?.clone();
-        if inode.hugetlb_flag.is_some_and(|flag| flag != 0) {
-            return Err(ObjectError::Unsupported {
-                what: format!("memory file {} of huge pages", String::from_utf8_lossy(&inode.name)),
-                advice: "make it without MFD_HUGETLB",
-            });
-        }
         let content = Content::read(cx, inode.shmid.into())?;
         if content.size() > inode.size.next_multiple_of(kernel::survey::PAGE) {
             return Err(ObjectError::contradiction(format!("memory file {} is shorter than its pages", entry.id)));
@@ -194,10 +188,22 @@ impl Opener for Make {
 
     fn open(&self, _: &Opened) -> Result<OwnedFd, Box<dyn std::error::Error + Send + Sync>> {
         let inode = &self.inode;
+        let huge = MFdFlags::from_bits_retain(inode.hugetlb_flag.unwrap_or(0));
+        if inode.name == hugetlb::ANONYMOUS {
+            let size = huge.difference(MFdFlags::MFD_HUGETLB).bits();
+            let file = kernel::map::anonymous_shared_huge(inode.size, size)?;
+            self.content.write_to(&file).map_err(hugetlb::with_advice)?;
+            return Ok(file);
+        }
         let name = std::ffi::CString::new(inode.name.clone())?;
-        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | huge;
         let file = memfd_create(name.as_c_str(), flags).during("memfd_create", self.describe())?;
-        self.content.write_to(&file)?;
+        let written = self.content.write_to(&file);
+        if huge.is_empty() {
+            written?
+        } else {
+            written.map_err(hugetlb::with_advice)?
+        }
         // Pages are whole, the file need not be.
         ftruncate(&file, inode.size as i64).during("ftruncate", self.describe())?;
         fchown(&file, Some(Uid::from_raw(inode.uid)), Some(Gid::from_raw(inode.gid)))

@@ -15,6 +15,7 @@ pub mod file;
 pub mod fresh;
 pub mod fs;
 pub mod ghost;
+pub mod hugetlb;
 pub mod inet;
 pub mod inotify;
 pub mod locks;

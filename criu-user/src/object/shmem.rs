@@ -17,6 +17,7 @@ use crate::kernel::{self, SysError, error::During};
 use crate::plan::{FileRef, Opened, Opener};
 
 use super::file::{Capture, Planner};
+use super::hugetlb;
 use super::memory::Pages;
 use super::sysv;
 use super::{ObjectError, Refusal};
@@ -39,6 +40,14 @@ struct Object {
     file: File,
     /// Where it was found, for messages.
     found: String,
+    identity: Identity,
+}
+
+/// Which object it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Identity {
+    /// Device and inode.
+    file: (u64, u64),
     is_segment: bool,
 }
 
@@ -54,31 +63,42 @@ pub fn mapped(cx: &mut Capture<'_>, pid: i32, vma: &Vma) -> Result<Option<Mapped
     }
     let kind = if sysv { VmaStatus::SYSVIPC } else { VmaStatus::ANON_SHARED };
     let found = format!("/proc/{pid}/map_files/{:x}-{:x}", vma.start, vma.end);
-    match cx.shelf.get::<Objects>().0.entry(vma.ino) {
-        Entry::Vacant(slot) => {
-            let file = File::open(&found).during("open", &found)?;
-            slot.insert(Object { file, found, is_segment: sysv });
-        }
-        // A segment's inode has the segment's id for a number, others count up from one (ipc/shm.c, newseg).
-        Entry::Occupied(known) if known.get().is_segment != sysv => {
-            let what = format!("{found} and {} have the same number {}", known.get().found, vma.ino);
-            let advice = "make the System V segment anew: its id is also the number of another piece of shared memory";
-            cx.refuse(Refusal { pid, fd: None, what, advice: advice.into() });
-        }
-        Entry::Occupied(_) => {}
-    }
+    let identity = Identity { file: (vma.dev, vma.ino), is_segment: sysv };
+    enter(cx, vma.ino, identity, &found, Some(pid), || Ok(File::open(&found).during("open", &found)?.into()))?;
     Ok(Some(Mapped { id: vma.ino, status: VmaStatus::REGULAR | kind }))
 }
 
-/// Enters an object that is no mapping, such as a memory file behind a descriptor.
+/// Enters a memory file (device, inode) under an id.
 pub fn add(
     cx: &mut Capture<'_>,
     id: u64,
-    found: String,
+    file: (u64, u64),
+    found: &str,
     open: impl FnOnce() -> Result<OwnedFd, SysError>,
 ) -> Result<(), ObjectError> {
-    if let Entry::Vacant(slot) = cx.shelf.get::<Objects>().0.entry(id) {
-        slot.insert(Object { file: open()?.into(), found, is_segment: false });
+    enter(cx, id, Identity { file, is_segment: false }, found, None, open)
+}
+
+fn enter(
+    cx: &mut Capture<'_>,
+    id: u64,
+    identity: Identity,
+    found: &str,
+    pid: Option<i32>,
+    open: impl FnOnce() -> Result<OwnedFd, SysError>,
+) -> Result<(), ObjectError> {
+    match cx.shelf.get::<Objects>().0.entry(id) {
+        Entry::Vacant(slot) => {
+            slot.insert(Object { file: open()?.into(), found: found.to_owned(), identity });
+        }
+        // A segment's inode has the segment's id for a number, others count up from one (ipc/shm.c, newseg), and files of
+        // huge pages count by themselves.
+        Entry::Occupied(known) if known.get().identity != identity => {
+            let what = format!("{found} and {} have the same number {id}", known.get().found);
+            let advice = "make one of the two anew: images tell pieces of shared memory apart by their numbers";
+            cx.refuse(Refusal { pid: pid.unwrap_or(0), fd: None, what, advice: advice.into() });
+        }
+        Entry::Occupied(_) => {}
     }
     Ok(())
 }
@@ -86,8 +106,10 @@ pub fn add(
 /// Writes the content of all objects, with pages files numbered from `pages_id` on.
 pub fn dump_all(cx: &mut Capture<'_>, mut pages_id: u32) -> Result<Pages, ObjectError> {
     let mut pages = Pages::default();
-    let segments: Vec<u64> =
-        cx.shelf.get::<Objects>().0.iter().filter(|(_, o)| o.is_segment).map(|(&id, _)| id).collect();
+    let objects = &cx.shelf.get::<Objects>().0;
+    let segments = objects.iter().filter(|(_, object)| object.identity.is_segment);
+    let segments: Vec<(u64, Option<u32>)> =
+        segments.map(|(&id, object)| Ok((id, hugetlb::size_flag(&object.file)?))).collect::<Result<_, SysError>>()?;
     sysv::dump(cx, &segments)?;
     for (id, object) in cx.shelf.take::<Objects>().0 {
         let part = dump(cx, id, &object, pages_id)?;
@@ -101,6 +123,10 @@ pub fn dump_all(cx: &mut Capture<'_>, mut pages_id: u32) -> Result<Pages, Object
 fn dump(cx: &Capture<'_>, id: u64, object: &Object, pages_id: u32) -> Result<Pages, ObjectError> {
     let size = object.file.metadata().during("fstat", &object.found)?.len();
     let mut image = PagesWriter::create(cx.dir, ImageKind::PagemapShmem.id(id), pages_id)?;
+    if hugetlb::size_flag(&object.file)?.is_some() {
+        hugetlb::dump(&object.file, size, &mut image, cx.observer)?;
+        return Ok(Pages { scanned: size.div_ceil(PAGE), written: image.finish()?.present, in_parent: 0 });
+    }
     let mut at = 0;
     while let Some((start, end)) = kernel::fd::next_data(&object.file, at, size)? {
         let (start, end) = (start / PAGE * PAGE, end.next_multiple_of(PAGE));
@@ -188,7 +214,7 @@ impl Content {
     /// Writes it into a file.
     pub fn write_to(&self, object: &OwnedFd) -> Result<(), SysError> {
         for &(at, dump, offset, len) in &self.pieces {
-            kernel::fd::copy(&self.files[dump].0, offset, object, at, len)?;
+            hugetlb::copy(&self.files[dump].0, offset, object, at, len)?;
         }
         Ok(())
     }

@@ -9,6 +9,7 @@ use nix::errno::Errno;
 
 use super::ObjectError;
 use super::file::{Capture, Planner};
+use super::hugetlb;
 use super::shmem::Content;
 use crate::call;
 use crate::image::ImageKind;
@@ -19,13 +20,14 @@ use crate::plan::{Deed, FileRef, Opened, Opener, Stage, TaskRef, Why};
 /// The IPC namespace that segments are noted under: the engine's own.
 const NAMESPACE: u64 = 0;
 
-/// Notes the segments with these ids; their content is shared memory like any other.
-pub fn dump(cx: &Capture<'_>, ids: &[u64]) -> Result<(), ObjectError> {
-    if ids.is_empty() {
+/// Notes the segments with these ids, and the size of their pages if those are huge; their content is shared memory like any
+/// other.
+pub fn dump(cx: &Capture<'_>, segments: &[(u64, Option<u32>)]) -> Result<(), ObjectError> {
+    if segments.is_empty() {
         return Ok(());
     }
-    let mut entries = Vec::with_capacity(ids.len());
-    for &id in ids {
+    let mut entries = Vec::with_capacity(segments.len());
+    for &(id, huge) in segments {
         let segment = ipc::stat(id as i32)?;
         entries.push(IpcShmEntry {
             desc: IpcDescEntry {
@@ -39,7 +41,7 @@ pub fn dump(cx: &Capture<'_>, ids: &[u64]) -> Result<(), ObjectError> {
             },
             size: segment.size,
             in_pagemaps: Some(true),
-            hugetlb_flag: None,
+            hugetlb_flag: huge.map(|size| libc::SHM_HUGETLB as u32 | size),
         });
     }
     Ok(cx.dir.write_all(ImageKind::IpcShm.id(NAMESPACE), &entries)?)
@@ -53,7 +55,7 @@ struct Planned(Vec<(Segment, FileRef)>);
 pub fn plan_attach(cx: &mut Planner<'_>, task: TaskRef, vma: &VmaEntry, why: Why) -> Result<(), ObjectError> {
     let segment = plan_segment(cx, vma.shmid)?;
     let len = vma.end - vma.start;
-    if vma.pgoff != 0 || segment.size.next_multiple_of(crate::kernel::survey::PAGE) != len {
+    if vma.pgoff != 0 || segment.attached_size() != len {
         return Err(ObjectError::Unsupported {
             what: format!("{why}, which is only a part of segment {}", segment.id),
             advice: "a segment must be attached as a whole",
@@ -83,6 +85,7 @@ fn plan_segment(cx: &mut Planner<'_>, id: u64) -> Result<Segment, ObjectError> {
         owner: (entry.desc.uid, entry.desc.gid),
         creator: (entry.desc.cuid, entry.desc.cgid),
         mode: entry.desc.mode,
+        huge: entry.hugetlb_flag.filter(|flag| *flag != 0).map(|flag| flag & !(libc::SHM_HUGETLB as u32)),
     };
     let content = Content::read(cx, id)?;
     let file = cx.plan.open(MakeSegment { segment, content });
@@ -121,13 +124,16 @@ impl Opener for MakeSegment {
     fn open(&self, _: &Opened) -> Result<OwnedFd, Box<dyn std::error::Error + Send + Sync>> {
         let Segment { id, size, key, .. } = self.segment;
         match ipc::stat(id) {
-            Ok(found) if found.size == size && found.key == key => return Ok(ipc::file(id, size)?),
+            Ok(found) if found.size == size && found.key == key => return Ok(ipc::file(&self.segment)?),
             Ok(_) => return Err("another segment has this id by now; remove it with ipcrm -m".into()),
             Err(e) if matches!(e.errno, Errno::EINVAL | Errno::EIDRM) => {}
             Err(e) => return Err(e.into()),
         }
-        ipc::create(&self.segment)?;
-        let file = ipc::file(id, size)?;
+        match self.segment.huge {
+            Some(_) => ipc::create(&self.segment).map_err(hugetlb::with_advice)?,
+            None => ipc::create(&self.segment)?,
+        }
+        let file = ipc::file(&self.segment)?;
         self.content.write_to(&file)?;
         Ok(file)
     }

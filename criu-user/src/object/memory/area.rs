@@ -8,7 +8,7 @@ use crate::kernel::proc;
 use crate::kernel::survey::{VmFlags, Vma, VmaName};
 
 use super::super::file::Capture;
-use super::super::{ObjectError, Refusal, memfd, regfile, shmem, unsupported};
+use super::super::{ObjectError, Refusal, hugetlb, memfd, regfile, shmem, unsupported};
 
 /// Advice that is state of an area, with the flag that shows it.
 const ADVICE: [(VmFlags, i32); 8] = [
@@ -23,11 +23,10 @@ const ADVICE: [(VmFlags, i32); 8] = [
 ];
 
 /// Flags that mmap(2) takes.
-const MAP_FLAGS: [(VmFlags, i32); 4] = [
+const MAP_FLAGS: [(VmFlags, i32); 3] = [
     (VmFlags::GROWSDOWN, libc::MAP_GROWSDOWN),
     (VmFlags::NORESERVE, libc::MAP_NORESERVE),
     (VmFlags::LOCKED, libc::MAP_LOCKED),
-    (VmFlags::HUGETLB, libc::MAP_HUGETLB),
 ];
 
 /// The kernel's own areas, which are moved and not made.
@@ -42,6 +41,11 @@ fn kernel_area(vma: &Vma) -> Option<VmaStatus> {
 /// Whether an area's pages belong to the process alone.
 pub fn is_private(vma: &Vma) -> bool {
     !vma.flags.contains(VmFlags::SHARED) && kernel_area(vma).is_none()
+}
+
+/// Whether an area has pages of hugetlbfs that belong to the process alone.
+pub fn has_private_huge_pages(vma: &Vma) -> bool {
+    is_private(vma) && vma.flags.contains(VmFlags::HUGETLB)
 }
 
 /// Describes the areas of a process. What is mapped is entered in files.img.
@@ -91,7 +95,7 @@ fn area(cx: &mut Capture<'_>, pid: i32, vma: &Vma) -> Result<VmaEntry, ObjectErr
         end: vma.end,
         pgoff: vma.offset,
         prot: vma.prot() as u32,
-        flags: flags as u32,
+        flags: flags as u32 | hugetlb::map_flags(pid, vma)?,
         fd: -1,
         madv: Some(ADVICE.iter().filter(|(f, _)| vma.flags.contains(*f)).fold(0, |bits, (_, n)| bits | 1 << n)),
         lock_on_fault: vma.flags.contains(VmFlags::LOCKONFAULT).then_some(true),
@@ -105,9 +109,8 @@ fn area(cx: &mut Capture<'_>, pid: i32, vma: &Vma) -> Result<VmaEntry, ObjectErr
     } else if vma.flags.intersects(VmFlags::PFNMAP | VmFlags::IO) {
         refuse(cx, pid, vma, "memory of a device", "devices cannot be dumped");
         VmaStatus::empty()
-    } else if vma.flags.contains(VmFlags::HUGETLB) {
-        refuse(cx, pid, vma, "memory of huge pages from hugetlbfs", "use transparent huge pages instead");
-        VmaStatus::empty()
+    } else if hugetlb::is_anonymous(vma) {
+        VmaStatus::REGULAR | VmaStatus::ANON_PRIVATE
     } else if let Some(object) = shmem::mapped(cx, pid, vma)? {
         entry.shmid = object.id;
         object.status

@@ -22,8 +22,9 @@ use crate::observer::Observer;
 
 use super::super::ObjectError;
 use super::super::file::Capture;
-use super::area::is_private;
-use super::dump::{CALL_BYTES, IOVECS, Pages, add_write, can_write_itself, check_written, guard, own_pages, range};
+use super::dump::{
+    CALL_BYTES, IOVECS, Pages, add_write, can_write_itself, check_written, guard, has_own_pages, own_pages, range,
+};
 use super::history::{CleanNow, Place};
 
 /// Bytes that are read from outside at once.
@@ -59,7 +60,7 @@ impl Snapshot {
         busy: BorrowedFd<'_>,
     ) -> Result<Self, ObjectError> {
         let kept = Kept::read(cx.dir, process, vmas)?;
-        let by_itself = can_write_itself(process.pid.as_raw());
+        let by_itself = can_write_itself(cx, process.pid);
         let mut copy = guest.copy(orphans, busy)?;
         give_up_shared(&mut copy, vmas)?;
         // A copy has no marks of what was written.
@@ -133,10 +134,6 @@ impl Snapshot {
 
 fn is_guard(region: &Region) -> bool {
     region.categories & PageKind::GUARD.bits() != 0
-}
-
-fn has_own_pages(vma: &Vma) -> bool {
-    is_private(vma) && !vma.flags.intersects(VmFlags::PFNMAP | VmFlags::IO | VmFlags::HUGETLB)
 }
 
 /// Whether a new process does not get the content of an area: madvise(2).

@@ -69,9 +69,23 @@ const OWN_PAGES: Query = Query {
 const ANONYMOUS_PAGES: Query =
     Query { all: PageKind::PFN_ZERO, any: OWN_PAGES.any, inverted: PageKind::PFN_ZERO, report: OWN_PAGES.report };
 
+/// The same of huge pages from hugetlbfs, which are never swapped out. What looks so is a page that was protected by
+/// userfaultfd(2) and given up since (mm/hugetlb.c, __unmap_hugepage_range).
+const HUGE_PAGES: Query = Query { any: PageKind::PRESENT.union(PageKind::GUARD), ..OWN_PAGES };
+
+/// Whether a page of an area counts as unwritten though it was given up (MADV_DONTNEED) and read again, as zeros: the mark of
+/// its protection outlives the page (mm/hugetlb.c, hugetlb_no_page). Such an area is written whole.
+fn hides_what_was_given_up(vma: &Vma) -> bool {
+    vma.flags.contains(VmFlags::HUGETLB)
+}
+
 /// What to look for in an area.
 pub fn own_pages(vma: &Vma) -> Query {
-    if vma.ino == 0 { ANONYMOUS_PAGES } else { OWN_PAGES }
+    match (vma.ino, vma.flags.contains(VmFlags::HUGETLB)) {
+        (0, _) => ANONYMOUS_PAGES,
+        (_, false) => OWN_PAGES,
+        (_, true) => HUGE_PAGES,
+    }
 }
 
 /// Writes the private memory of a process. Guarded pages are no content: they are entered in `guards`, in the way of
@@ -91,7 +105,7 @@ pub fn dump_private(
     let prepared = cx.past.prepared.take(process.shown.by);
     let image = PagesWriter::create_with(cx.dir, ImageKind::Pagemap.id(pid.as_raw() as u64), pages_id, prepared)?;
     let mut scanned = 0;
-    let by_itself = can_write_itself(pid.as_raw());
+    let by_itself = can_write_itself(cx, pid);
     let mut copy = Copy { image, guest, memory, observer: cx.observer, waiting: Vec::new() };
     let mut clean = cx.past.history.of(pid);
     for (n, vma) in vmas.iter().enumerate() {
@@ -115,7 +129,11 @@ pub fn dump_private(
         let inside = by_itself && vma.flags.contains(VmFlags::READ) && !copy.guest.stands_in(vma.start, vma.end);
         for region in regions {
             let mut parts = Vec::new();
-            clean.split(region, |part, place| parts.push((part, place)));
+            if hides_what_was_given_up(vma) {
+                parts.push((region, Place::Here));
+            } else {
+                clean.split(region, |part, place| parts.push((part, place)));
+            }
             for (part, place) in parts {
                 if inside || place == Place::Parent {
                     copy.waiting.push((part, place));
@@ -136,8 +154,8 @@ pub fn dump_private(
 }
 
 /// Whether an area has pages that are its own and are to be written.
-fn has_own_pages(vma: &Vma) -> bool {
-    is_private(vma) && !vma.flags.intersects(VmFlags::PFNMAP | VmFlags::IO | VmFlags::HUGETLB)
+pub(super) fn has_own_pages(vma: &Vma) -> bool {
+    is_private(vma) && !vma.flags.intersects(VmFlags::PFNMAP | VmFlags::IO)
 }
 
 /// The page map, read for neighbouring areas of the same kind at once: a question about one area takes 2.5 µs however
@@ -170,7 +188,7 @@ impl<'v> LookAhead<'v> {
         let first = &self.vmas[n];
         let together = |pair: &[Vma]| {
             let [one, next] = pair else { return false };
-            one.end == next.start && (one.ino == 0) == (next.ino == 0) && has_own_pages(next)
+            one.end == next.start && own_pages(one) == own_pages(next) && has_own_pages(next)
         };
         let more = self.vmas[n..].windows(2).take_while(|pair| together(pair)).count();
         self.until = self.vmas[n + more].end;
@@ -214,10 +232,11 @@ pub(super) fn guard(region: &Region) -> VmaEntry {
     }
 }
 
-/// A process with a limit on file sizes would be killed by SIGXFSZ for our writing.
-pub(super) fn can_write_itself(pid: i32) -> bool {
+/// A process with a limit on file sizes would be killed by SIGXFSZ for our writing, one in a full group for want of memory.
+pub(super) fn can_write_itself(cx: &Capture<'_>, pid: Pid) -> bool {
     crate::kernel::proc::read_text(&format!("/proc/{pid}/limits"))
         .is_ok_and(|text| text.lines().any(|line| soft_limit(line, "Max file size") == Some("unlimited")))
+        && !cx.past.crowded.has(pid)
 }
 
 /// The first of the two columns of `/proc/PID/limits`.

@@ -8,6 +8,7 @@ use std::collections::{HashMap, HashSet};
 
 use nix::unistd::Pid;
 
+use super::crowded::Crowded;
 use super::prepare::Prepared;
 use crate::image::{ImageDir, ImageError, PageStore};
 use crate::kernel::SysResult;
@@ -68,6 +69,8 @@ pub struct Past {
     pub arms: HashSet<Pid>,
     /// Files for pages that were made beforehand.
     pub prepared: Prepared,
+    /// Who must not write its memory itself.
+    pub crowded: Crowded,
 }
 
 /// Clean pages of one process, walked through from low addresses to high ones.

@@ -6,6 +6,7 @@
 
 mod area;
 mod copy;
+mod crowded;
 mod dump;
 mod facts;
 mod fill;
@@ -15,8 +16,9 @@ mod plan;
 mod prepare;
 mod vdso;
 
-pub use area::{areas, is_private};
+pub use area::{areas, has_private_huge_pages, is_private};
 pub use copy::Snapshot;
+pub use crowded::Crowded;
 pub use dump::{Pages, dump_private, estimate, own_pages};
 pub use facts::plan_facts;
 pub use fill::OpenImage;

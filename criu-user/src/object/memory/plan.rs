@@ -165,7 +165,7 @@ impl Anonymous {
     /// Whether pages can be put there one by one. A stack has its own lower end; what is to have huge pages gets them
     /// when it is written to.
     fn is_plain(&self) -> bool {
-        !is_stack(self) && self.madv & 1 << libc::MADV_HUGEPAGE == 0
+        !is_stack(self) && self.madv & 1 << libc::MADV_HUGEPAGE == 0 && self.flags & libc::MAP_HUGETLB as u32 == 0
     }
 }
 
@@ -226,7 +226,8 @@ fn plan_area(
         let map = call!(SYS_mmap(vma.start, len, prot, flags, file, vma.pgoff), why).giving(vma.start);
         cx.plan.push(task, Stage::Memory, map);
     } else {
-        work.anonymous(Anonymous { start: vma.start, end: vma.end, prot, flags, madv, what: describe(status) });
+        let what = if flags & libc::MAP_HUGETLB as u32 != 0 { HUGE } else { describe(status) };
+        work.anonymous(Anonymous { start: vma.start, end: vma.end, prot, flags, madv, what });
     }
     for advice in bits(madv) {
         let why = format!("advice {advice} for {:#x}", vma.start);
@@ -240,6 +241,9 @@ fn plan_area(
     plan_lock(cx, task, vma);
     Ok(())
 }
+
+/// What an area of huge pages is; where it cannot be made, there mostly are not enough.
+const HUGE: &str = "memory of huge pages (vm.nr_hugepages says how many there are)";
 
 /// The numbers of the bits that are set. Most areas have none, and there can be many areas.
 fn bits(word: u64) -> impl Iterator<Item = u32> {
