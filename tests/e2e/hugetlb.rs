@@ -49,12 +49,12 @@ fn check(row: &Row, case: &str) {
 }
 
 rows! {
-    private_pages => |row| check(&row, "private_pages");
-    copy_on_write => |row| check(&row, "copy_on_write");
-    shared_pages => |row| check(&row, "shared_pages");
-    segment => |row| check(&row, "segment");
-    memory_file => |row| check(&row, "memory_file");
-    file_of_a_mount => |row| check(&row, "file_of_a_mount");
+    private_pages => |row| check(row, "private_pages");
+    copy_on_write => |row| check(row, "copy_on_write");
+    shared_pages => |row| check(row, "shared_pages");
+    segment => |row| check(row, "segment");
+    memory_file => |row| check(row, "memory_file");
+    file_of_a_mount => |row| check(row, "file_of_a_mount");
 
     /// What was written in between is found, page by huge page.
     tracked => |row| {
