@@ -1,9 +1,9 @@
 //! How long a dump would hold a tree: an estimate from what the tree looks like, put right by the dumps that were made on
 //! this machine since it booted.
 //!
-//! The model is a sum of what each thing costs. How far it is off differs from machine to machine and from tree to tree,
-//! but little from one dump to the next of a tree of the same shape: so every dump leaves its measure behind (in
-//! /run/criu-ebpf), and the estimate is corrected by those whose trees were the most alike.
+//! The model is a sum of what each thing costs. What that is differs from machine to machine, and how far the sum is off
+//! from tree to tree, but little from one dump to the next of a tree of the same shape. So every dump leaves its measure
+//! behind (in /run/criu-ebpf): all of them put the costs right, and those whose trees were the most alike the sum.
 
 use std::time::Duration;
 
@@ -70,34 +70,59 @@ pub struct Measured {
     pub frozen_us: u64,
 }
 
-/// Microseconds for one of each, and for a freeze at all (docs/tracking.md tells how they were measured).
-const FREEZE: f64 = 3000.0;
-const PROCESS: f64 = 1500.0;
-const THREAD: f64 = 100.0;
-const AREA: f64 = 4.0;
-const DESCRIPTOR: f64 = 20.0;
-const PAGE: f64 = 0.012;
-const WRITTEN: f64 = 1.5;
+/// Microseconds for a freeze at all, and for one of each in the order of [`Shape::counts`], before anything is known of a
+/// machine (docs/tracking.md tells how they were measured).
+const COSTS: [f64; 7] = [1000.0, 1400.0, 75.0, 0.8, 26.0, 0.0145, 0.6];
+
+/// What each thing costs on this machine, by the dumps that were made: the latest first.
+///
+/// Least squares of the relative errors, held to [`COSTS`] where the dumps tell nothing (ridge regression): one unknown
+/// after the other is set to its best value, until they stay (Gauss-Seidel).
+fn costs(known: &[Measured]) -> [f64; 7] {
+    /// By how much a dump can be off the best model, and a cost off its first guess.
+    const NOISE: f64 = 0.2;
+    const SPREAD: f64 = 0.8;
+    /// No cost is guessed ten times too high.
+    const LEAST: f64 = 0.1;
+    const ROUNDS: usize = 30;
+    let share = |measured: &Measured| {
+        let counts = measured.shape.counts();
+        std::array::from_fn::<f64, 7, _>(|n| COSTS[n] * counts[n] / measured.frozen_us.max(1) as f64)
+    };
+    let faded = |age: usize| 0.95f64.powi(age.min(100) as i32) / (NOISE * NOISE);
+    let rows: Vec<([f64; 7], f64)> =
+        known.iter().rev().enumerate().map(|(age, measured)| (share(measured), faded(age))).collect();
+    let mut factors = [1.0; 7];
+    for _ in 0..ROUNDS {
+        for n in 0..factors.len() {
+            let mut over = 1.0 / (SPREAD * SPREAD);
+            let mut under = over;
+            for (shares, weight) in &rows {
+                let others: f64 = (0..factors.len()).filter(|&m| m != n).map(|m| shares[m] * factors[m]).sum();
+                over += weight * shares[n] * (1.0 - others);
+                under += weight * shares[n] * shares[n];
+            }
+            factors[n] = (over / under).max(LEAST);
+        }
+    }
+    std::array::from_fn(|n| COSTS[n] * factors[n])
+}
 
 impl Shape {
-    /// The model alone.
-    fn model(&self) -> f64 {
-        let cost = |count: u64, each: f64| count as f64 * each;
-        FREEZE
-            + cost(self.processes, PROCESS)
-            + cost(self.threads, THREAD)
-            + cost(self.areas, AREA)
-            + cost(self.descriptors, DESCRIPTOR)
-            + cost(self.pages, PAGE)
-            + cost(self.written, WRITTEN)
+    /// One freeze, and how much there is of everything.
+    fn counts(&self) -> [f64; 7] {
+        let Self { processes, threads, areas, descriptors, pages, written } = *self;
+        [1, processes, threads, areas, descriptors, pages, written].map(|count| count as f64)
+    }
+
+    /// The model alone, in microseconds.
+    fn model(&self, costs: &[f64; 7]) -> f64 {
+        self.counts().iter().zip(costs).map(|(count, cost)| count * cost).sum()
     }
 
     /// How unlike two trees are: the squared distance of the logarithms of their counts.
     fn distance(&self, other: &Shape) -> f64 {
-        let parts = |shape: &Shape| {
-            [shape.processes, shape.threads, shape.areas, shape.descriptors, shape.pages, shape.written]
-                .map(|count| ((count + 8) as f64).ln())
-        };
+        let parts = |shape: &Shape| shape.counts().map(|count| (count + 8.0).ln());
         parts(self).iter().zip(parts(other)).map(|(a, b)| (a - b) * (a - b)).sum()
     }
 }
@@ -108,6 +133,7 @@ pub fn predict(shape: &Shape, known: &[Measured]) -> Duration {
     const NEAR: f64 = 0.05;
     /// What the model itself counts, where nothing alike is known.
     const PRIOR: f64 = 0.05;
+    let costs = costs(known);
     let mut weights = PRIOR;
     // Of ratios, the geometric mean: twice and half are equally wrong.
     let mut sum = 0.0;
@@ -115,9 +141,9 @@ pub fn predict(shape: &Shape, known: &[Measured]) -> Duration {
         // Older dumps fade: what ran beside them does not run any more.
         let weight = NEAR / (NEAR + measured.shape.distance(shape)) * 0.8f64.powi(age.min(40) as i32);
         weights += weight;
-        sum += weight * (measured.frozen_us.max(1) as f64 / measured.shape.model()).ln();
+        sum += weight * (measured.frozen_us.max(1) as f64 / measured.shape.model(&costs)).ln();
     }
-    Duration::from_micros((shape.model() * (sum / weights).exp()) as u64)
+    Duration::from_micros((shape.model(&costs) * (sum / weights).exp()) as u64)
 }
 
 /// How many dumps are remembered.
@@ -180,10 +206,19 @@ mod tests {
     }
 
     #[test]
+    fn what_a_page_costs_is_learned_from_trees_of_other_sizes() {
+        let of = |pages| Shape { pages, written: pages, ..SMALL };
+        let slow = |pages: u64| Measured { shape: of(pages), frozen_us: 3000 + pages * 2 };
+        let known = [slow(10_000), slow(30_000), slow(100_000), slow(20_000)];
+        within(predict(&of(1_000_000), &known), Duration::from_secs(2), 0.2);
+        within(predict(&of(1_000_000), &[]), Duration::from_millis(617), 0.05);
+    }
+
+    #[test]
     fn dumps_of_other_trees_count_little() {
         let other =
             Shape { processes: 500, threads: 500, areas: 15_000, descriptors: 2500, pages: 500_000, written: 500_000 };
-        let known = [Measured { shape: SMALL, frozen_us: 12_000 }, Measured { shape: other, frozen_us: 9_000_000 }];
-        within(predict(&SMALL, &known), Duration::from_millis(12), 0.25);
+        let known = [Measured { shape: SMALL, frozen_us: 4_000 }, Measured { shape: other, frozen_us: 9_000_000 }];
+        within(predict(&SMALL, &known), Duration::from_millis(4), 0.25);
     }
 }
