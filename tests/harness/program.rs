@@ -60,7 +60,9 @@ impl Program {
         let dir = TempDir::with_prefix("e2e-").expect("creating a directory");
         let mut words = setsid.split_whitespace();
         let mut command = Command::new(words.next().expect("a command"));
-        command.args(words).args(&workload.command).current_dir(dir.path());
+        // A test runner in the background of a shell without job control ignores these, and whoever it starts would as well.
+        command.args(words).args(["env", "--default-signal=INT,QUIT"]);
+        command.args(&workload.command).current_dir(dir.path());
         command.env_clear().env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
         command.env(DIR_VARIABLE, dir.path()).env("PYTHONDONTWRITEBYTECODE", "1");
         command.envs(workload.environment.iter().map(|(name, value)| (name, value)));

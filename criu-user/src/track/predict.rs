@@ -74,20 +74,22 @@ pub struct Measured {
 /// machine (docs/tracking.md tells how they were measured).
 const COSTS: [f64; 7] = [1000.0, 1400.0, 75.0, 0.8, 26.0, 0.0145, 0.6];
 
-/// What each thing costs on this machine, by the dumps that were made: the latest first.
+/// What each thing costs on this machine, by the dumps that were made.
 ///
-/// Least squares of the relative errors, held to [`COSTS`] where the dumps tell nothing (ridge regression): one unknown
-/// after the other is set to its best value, until they stay (Gauss-Seidel).
+/// First, by how much it is faster or slower than the machine of [`COSTS`]. Then by least squares of the relative errors,
+/// held to that where the dumps tell nothing (ridge regression): one cost after the other is set to its best value, until
+/// they stay (Gauss-Seidel).
 fn costs(known: &[Measured]) -> [f64; 7] {
-    /// By how much a dump can be off the best model, and a cost off its first guess.
+    /// By how much a dump can be off the best model, and a cost off what it was taken for.
     const NOISE: f64 = 0.2;
-    const SPREAD: f64 = 0.8;
-    /// No cost is guessed ten times too high.
+    const SPREAD: f64 = 0.25;
+    /// No cost is taken for ten times too much.
     const LEAST: f64 = 0.1;
     const ROUNDS: usize = 30;
+    let speed = speed(known);
     let share = |measured: &Measured| {
         let counts = measured.shape.counts();
-        std::array::from_fn::<f64, 7, _>(|n| COSTS[n] * counts[n] / measured.frozen_us.max(1) as f64)
+        std::array::from_fn::<f64, 7, _>(|n| speed * COSTS[n] * counts[n] / measured.frozen_us.max(1) as f64)
     };
     let faded = |age: usize| 0.95f64.powi(age.min(100) as i32) / (NOISE * NOISE);
     let rows: Vec<([f64; 7], f64)> =
@@ -105,7 +107,23 @@ fn costs(known: &[Measured]) -> [f64; 7] {
             factors[n] = (over / under).max(LEAST);
         }
     }
-    std::array::from_fn(|n| COSTS[n] * factors[n])
+    std::array::from_fn(|n| speed * COSTS[n] * factors[n])
+}
+
+/// How long dumps take in times of what the first costs say: the median, drawn towards 1 while there are few.
+fn speed(known: &[Measured]) -> f64 {
+    /// As many dumps as the first costs stand for.
+    const FIRST: f64 = 3.0;
+    let ratio = |measured: &Measured| (measured.frozen_us.max(1) as f64 / measured.shape.model(&COSTS)).ln();
+    let mut ratios: Vec<f64> = known.iter().map(ratio).collect();
+    ratios.sort_by(f64::total_cmp);
+    let count = ratios.len();
+    let median = match count {
+        0 => return 1.0,
+        odd if odd % 2 == 1 => ratios[odd / 2],
+        even => f64::midpoint(ratios[even / 2 - 1], ratios[even / 2]),
+    };
+    (median * count as f64 / (count as f64 + FIRST)).exp()
 }
 
 impl Shape {
