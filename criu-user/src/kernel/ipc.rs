@@ -11,6 +11,9 @@ use super::{SysError, SysResult};
 /// The segment goes at its last detach: include/uapi/linux/shm.h.
 pub const SHM_DEST: u32 = 0o1000;
 
+/// The bits with the size of huge pages, as shmget(2), memfd_create(2) and mmap(2) take it: SHM_HUGE_MASK << SHM_HUGE_SHIFT.
+pub const HUGE_SIZE: u32 = 0x3f << 26;
+
 /// What the kernel says of a segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Segment {
@@ -34,14 +37,12 @@ pub struct Segment {
 impl Segment {
     /// Bytes that it takes where it is attached.
     pub fn attached_size(&self) -> u64 {
-        /// SHM_HUGE_SHIFT.
-        const SHIFT: u32 = 26;
-        let page = match self.huge {
-            Some(size) if size != 0 => 1 << (size >> SHIFT),
-            Some(_) => super::proc::huge_page_size(),
+        let page = match self.huge.map(|size| size & HUGE_SIZE) {
+            Some(0) => super::proc::huge_page_size(),
+            Some(size) => 1 << (size >> HUGE_SIZE.trailing_zeros()),
             None => super::survey::PAGE,
         };
-        self.size.next_multiple_of(page)
+        self.size.checked_next_multiple_of(page).unwrap_or(u64::MAX)
     }
 }
 
@@ -74,7 +75,7 @@ pub fn stat(id: i32) -> SysResult<Segment> {
 pub fn create(wanted: &Segment) -> SysResult<()> {
     const NEXT: &str = "/proc/sys/kernel/shm_next_id";
     std::fs::write(NEXT, wanted.id.to_string()).during("write", NEXT)?;
-    let huge = wanted.huge.map_or(0, |size| libc::SHM_HUGETLB | size as i32);
+    let huge = wanted.huge.map_or(0, |size| libc::SHM_HUGETLB | (size & HUGE_SIZE) as i32);
     let flags = (wanted.mode & 0o777) as i32 | libc::IPC_CREAT | libc::IPC_EXCL | huge;
     // SAFETY: numbers only.
     let id = unsafe { libc::shmget(wanted.key, wanted.size as usize, flags) };

@@ -10,6 +10,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use super::error::During;
+use super::ipc::HUGE_SIZE;
 use super::{SysError, SysResult, sys};
 
 /// A shared mapping of a file, unmapped when dropped.
@@ -225,7 +226,7 @@ pub fn anonymous_shared(len: u64) -> SysResult<std::os::fd::OwnedFd> {
 
 /// The same of huge pages: `size_flag` is MAP_HUGE_2MB and the like, or 0 for the kernel's default.
 pub fn anonymous_shared_huge(len: u64, size_flag: u32) -> SysResult<std::os::fd::OwnedFd> {
-    anonymous_shared_with(len, libc::MAP_NORESERVE | libc::MAP_HUGETLB | size_flag as i32)
+    anonymous_shared_with(len, libc::MAP_NORESERVE | libc::MAP_HUGETLB | (size_flag & HUGE_SIZE) as i32)
 }
 
 fn anonymous_shared_with(len: u64, flags: i32) -> SysResult<std::os::fd::OwnedFd> {

@@ -151,7 +151,7 @@ impl FileKind for Memfd {
         let inodes = planned.inodes.as_ref();
         let inode = inodes.and_then(|all| all.get(&file.inode_id)).ok_or_else(|| missing("inode"))?.clone();
         let content = Content::read(cx, inode.shmid.into())?;
-        if content.size() > inode.size.next_multiple_of(kernel::survey::PAGE) {
+        if content.size() > inode.size.checked_next_multiple_of(kernel::survey::PAGE).unwrap_or(u64::MAX) {
             return Err(ObjectError::contradiction(format!("memory file {} is shorter than its pages", entry.id)));
         }
         // That seal must come after the mappings that it does not bind; then also what forbids further seals.
@@ -190,8 +190,7 @@ impl Opener for Make {
         let inode = &self.inode;
         let huge = MFdFlags::from_bits_retain(inode.hugetlb_flag.unwrap_or(0));
         if inode.name == hugetlb::ANONYMOUS {
-            let size = huge.difference(MFdFlags::MFD_HUGETLB).bits();
-            let file = kernel::map::anonymous_shared_huge(inode.size, size)?;
+            let file = kernel::map::anonymous_shared_huge(inode.size, huge.bits())?;
             self.content.write_to(&file).map_err(hugetlb::with_advice)?;
             return Ok(file);
         }
