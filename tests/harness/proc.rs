@@ -80,12 +80,11 @@ pub fn maps(pid: i32) -> Vec<String> {
             .into_iter()
             .fold(path, |path, name| path.replace(&format!("/memfd:{name}"), name));
         // Where private huge pages begin in the file that the kernel made for them depends on what was mapped together.
-        let offset = if path.starts_with("/anon_hugepage") && words[1].ends_with('p') { 0 } else { number(words[2]) };
+        let huge = path.starts_with("/anon_hugepage") && words[1].ends_with('p');
+        let offset = if huge { 0 } else { number(words[2]) };
         if let Some((first, last, perms, at, name)) = areas.last_mut() {
-            let continues = path.is_empty()
-                || path.starts_with(['['])
-                || offset == 0 && *at == 0 && words[1].ends_with('p') && path.starts_with("/anon_hugepage")
-                || *at + (*last - *first) == offset;
+            let anonymous = path.is_empty() || path.starts_with('[') || huge;
+            let continues = anonymous || *at + (*last - *first) == offset;
             if *last == start && perms == words[1] && *name == path && continues {
                 *last = end;
                 continue;

@@ -54,15 +54,13 @@ pub fn is_anonymous(vma: &Vma) -> bool {
 
 /// Tells who gets no huge pages what to do.
 pub fn with_advice(error: SysError) -> Box<dyn std::error::Error + Send + Sync> {
+    const SHORT: &str = "that takes more huge pages than are free; vm.nr_hugepages or vm.nr_overcommit_hugepages has to be \
+                         raised";
     match error.errno {
         Errno::ENOMEM => format!("{error}: {SHORT}").into(),
         _ => error.into(),
     }
 }
-
-/// What a restore is short of that cannot make memory of huge pages.
-pub const SHORT: &str = "that takes more huge pages than are free; vm.nr_hugepages or vm.nr_overcommit_hugepages has to be \
-                         raised";
 
 /// Writes the content of a file of huge pages into images. What is all zeros takes no page before the restore either, or
 /// takes one that nobody can tell from that.
