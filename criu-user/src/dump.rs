@@ -8,7 +8,7 @@ use nix::unistd::Pid;
 use serde::Serialize;
 use tracing::{debug, info, warn};
 
-use crate::agent::{Aside, Guest, alone};
+use crate::agent::{Aside, Beside, Guest, alone};
 use crate::freeze::{self, FreezeError, Frozen, FrozenProcess, Release};
 use crate::image::proto::{DumpStatsEntry, InventoryEntry, StatsEntry, TaskKobjIdsEntry};
 use crate::image::{ImageDir, ImageError, ImageKind};
@@ -378,6 +378,7 @@ fn write_all(
     }
     let mut pages = Pages::default();
     let mut aside = Aside::new().map_err(ObjectError::from)?;
+    let beside = Beside::stay();
     for (n, process) in frozen.processes.iter().enumerate() {
         let id = n as u32 + 1;
         let Some((vmas, entries)) = areas.remove(&process.pid) else {
@@ -386,12 +387,13 @@ fn write_all(
         };
         let sleeps = process.threads.iter().any(waits::sleeps);
         let records = surveyor.threads(process.pid, sleeps)?;
-        pages.add(write_process(cx, process, vmas, entries, &records, id, &mut aside)?);
+        pages.add(write_process(cx, process, vmas, entries, &records, id, (&mut aside, beside.as_ref()))?);
         if let Some(table) = fdinfo.get(&process.shown.by) {
             dir.write_all(ImageKind::Fdinfo.id(id.into()), table)?;
         }
     }
     aside.come_back().map_err(ObjectError::from)?;
+    drop(beside);
     // Some things only a thread itself has told.
     stop_if_refused(cx)?;
     info!(pages = pages.written, "all processes are written");
@@ -445,7 +447,7 @@ fn write_process<'f>(
     entries: Vec<crate::image::proto::VmaEntry>,
     records: &ThreadRecords,
     id: u32,
-    aside: &mut Aside<'f>,
+    (aside, beside): (&mut Aside<'f>, Option<&Beside>),
 ) -> Result<Pages, DumpError> {
     let pid = process.pid;
     let (Some(memory), Some(first)) = (&process.memory, process.threads.first()) else {
@@ -458,7 +460,7 @@ fn write_process<'f>(
             "the process forbids itself a call that the agent makes: it is not proof against the engine's being killed in the next milliseconds"
         );
     }
-    let mut guest = Guest::enter(pid, &process.pidfd, first.stopped, memory, &vmas).map_err(ObjectError::from)?;
+    let mut guest = Guest::enter(pid, &process.pidfd, first.door(beside), memory, &vmas).map_err(ObjectError::from)?;
     debug!(pid = pid.as_raw(), areas = vmas.len(), "the agent is in");
     let task::Captured { cores, mm } = task::capture(cx, process, &mut guest, entries, records)?;
     debug!(pid = pid.as_raw(), threads = cores.len(), "its state is read");

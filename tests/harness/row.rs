@@ -118,7 +118,7 @@ impl Look {
             seen.push(("descriptors", format!("{:?}", proc::descriptors(pid).keys())));
             seen.extend(["Uid", "Gid", "Groups", "Umask", "NoNewPrivs"].map(|name| (name, field(name))));
             seen.extend(["SigBlk", "SigIgn", "SigCgt", "CapInh", "CapPrm"].map(|name| (name, field(name))));
-            seen.extend(["CapEff", "CapBnd", "CapAmb"].map(|name| (name, field(name))));
+            seen.extend(["CapEff", "CapBnd", "CapAmb", "Cpus_allowed"].map(|name| (name, field(name))));
             seen.push(("mappings", proc::maps(pid).join("\n")));
             (pid, seen)
         };

@@ -39,6 +39,12 @@ pub fn obstacle(filters: &[Filter]) -> Option<&'static str> {
     stuck.map(|step| step.name)
 }
 
+/// Whether a thread with these filters can be given back its processors on its way home (see `beside`).
+pub fn can_be_moved(filters: &[Filter]) -> bool {
+    let step = step("sched_setaffinity", libc::SYS_sched_setaffinity, [0, 8, 0, 0, 0, 0], Verdict::Allowed);
+    verdict(filters, &step.call) <= step.bearable
+}
+
 /// What a process does beside that while a copy of it is made (see `copy`): in a batch, which goes on without the engine.
 const COPYING: &[Step] = &[
     step("clone3", libc::SYS_clone3, [0, 64, 0, 0, 0, 0], Verdict::Fails),
@@ -73,6 +79,8 @@ mod tests {
         assert_eq!(obstacle(&about(libc::SYS_memfd_create, ERRNO)), None);
         assert_eq!(obstacle(&about(libc::SYS_memfd_create, 0)), Some("memfd_create"));
         assert_eq!(obstacle(&about(libc::SYS_execve, 0)), None);
+        assert!(can_be_moved(&[]) && can_be_moved(&about(libc::SYS_munmap, 0)));
+        assert!(!can_be_moved(&about(libc::SYS_sched_setaffinity, ERRNO)));
         assert_eq!(obstacle_to_copying(&about(libc::SYS_clone3, ERRNO)), None);
         assert_eq!(obstacle_to_copying(&about(libc::SYS_clone3, 0)), Some("clone3"));
         assert_eq!(obstacle_to_copying(&about(libc::SYS_wait4, ERRNO)), Some("wait4"));

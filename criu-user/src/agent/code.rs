@@ -57,6 +57,8 @@ pub struct GuestLayout {
     pub thread_home: usize,
     /// Size of the area; eight bytes.
     pub size: usize,
+    /// Bytes of the processors that the first thread is given back, eight bytes, and these; 0 for none.
+    pub processors: usize,
     /// The first thread's [`Home`].
     pub home_data: usize,
     /// The further thread's [`Home`].
@@ -74,6 +76,7 @@ pub fn guest_layout() -> GuestLayout {
         home: &raw const criu_guest_home_done as usize - start,
         thread_home: &raw const criu_guest_thread_home_done as usize - start,
         size: &raw const criu_guest_size as usize - start,
+        processors: &raw const criu_guest_processors as usize - start,
         home_data: &raw const criu_guest_home_data as usize - start,
         thread_home_data: &raw const criu_guest_thread_home_data as usize - start,
     }
@@ -118,6 +121,7 @@ unsafe extern "C" {
     static criu_guest_home_done: u8;
     static criu_guest_thread_home_done: u8;
     static criu_guest_size: u8;
+    static criu_guest_processors: u8;
     static criu_guest_home_data: u8;
     static criu_guest_thread_home_data: u8;
     static criu_guest_end: u8;
@@ -213,7 +217,7 @@ global_asm!(
     syscall
 .endm
 
-.irp symbol, guest_start, guest_thread, guest_thread_area, guest_thread_unmap, guest_socketpair_done, guest_home_done, guest_thread_home_done, guest_size, guest_home_data, guest_thread_home_data, guest_end, crew_start, crew_end
+.irp symbol, guest_start, guest_thread, guest_thread_area, guest_thread_unmap, guest_socketpair_done, guest_home_done, guest_thread_home_done, guest_size, guest_processors, guest_home_data, guest_thread_home_data, guest_end, crew_start, crew_end
     .globl criu_\symbol                  // other units of this program refer to them
     .hidden criu_\symbol
 .endr
@@ -307,7 +311,14 @@ criu_guest_socketpair_done:             // the engine takes the far end and the 
 96: mov eax, 3                          // close(memfd)
     mov edi, r14d
     syscall
-97: criu_go_home criu_guest_home_data, criu_guest_home_done
+97: mov esi, [rip + criu_guest_processors]
+    test esi, esi
+    jz 92f
+    mov eax, 203                        // sched_setaffinity(0, bytes, processors)
+    xor edi, edi
+    lea rdx, [rip + criu_guest_processors + 8]
+    syscall
+92: criu_go_home criu_guest_home_data, criu_guest_home_done
 
 criu_guest_thread:
     criu_block_signals
@@ -343,6 +354,9 @@ criu_guest_all_signals:
     .quad -1
 criu_guest_size:
     .quad 0
+criu_guest_processors:
+    .quad 0
+    .zero {processors}
 criu_guest_home_data:
     .zero 152
 criu_guest_thread_home_data:
@@ -387,6 +401,7 @@ criu_crew_end:
 .popsection
 "#,
     thread_area = const super::guest::THREAD_AREA,
+    processors = const super::beside::PROCESSORS,
 );
 
 #[cfg(test)]
@@ -403,5 +418,6 @@ mod tests {
         let layout = guest_layout();
         assert_eq!(size_of::<Home>(), layout.thread_home_data - layout.home_data);
         assert_eq!(guest()[layout.home_data..], [0; 2 * size_of::<Home>()]);
+        assert_eq!(layout.home_data - layout.processors, 8 + super::super::beside::PROCESSORS);
     }
 }

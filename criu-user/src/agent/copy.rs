@@ -10,6 +10,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
@@ -203,8 +204,10 @@ impl<'a> Guest<'a> {
 
     /// The child that the process makes; `None` if it reports instead that there is none.
     fn child_born(&self) -> Result<Option<Tracee>, AgentError> {
+        /// An engine that comes before all others on its processor would never let the thread run.
+        const TRIES: u32 = 50;
         let tid = self.thread.tid;
-        loop {
+        for n in 0.. {
             match ptrace::try_wait(tid)? {
                 Some(Stop::Event(_)) => {
                     let child = Tracee(Pid::from_raw(ptrace::event_message(tid)? as i32));
@@ -214,10 +217,12 @@ impl<'a> Guest<'a> {
                 Some(Stop::Exited) => return Err(AgentError::Gone { pid: self.pid.as_raw() }),
                 Some(Stop::Signal(signal)) => ptrace::cont(tid, signal)?,
                 Some(_) => ptrace::cont(tid, 0)?,
-                None if fd::poll_now(self.socket()?, PollFlags::POLLIN)?.is_empty() => std::thread::yield_now(),
-                None => return Ok(None),
+                None if !fd::poll_now(self.socket()?, PollFlags::POLLIN)?.is_empty() => break,
+                None if n < TRIES => std::thread::yield_now(),
+                None => std::thread::sleep(Duration::from_micros(50)),
             }
         }
+        Ok(None)
     }
 
     /// Has the process adopt no orphans until nobody has the other end of the pipe `idle` any more.

@@ -18,9 +18,12 @@ use crate::kernel::map::SharedMap;
 use crate::kernel::mem::ProcessMemory;
 use crate::kernel::pidfd::PidFd;
 use crate::kernel::ptrace::{self, Stop};
+use crate::kernel::processors::Processors;
 use crate::kernel::regs::{self, is_entry};
+use crate::kernel::sched;
 use crate::kernel::{SysError, error::During};
 
+use super::beside::{Beside, Place};
 use super::batch::{Arg, Batch, CallId, HEADER, Outcome, Room};
 use super::code::{self, GuestLayout, Home};
 use super::{AgentError, slack};
@@ -52,6 +55,17 @@ pub struct Stopped {
     pub sigmask: u64,
     /// Whether a signal that is not blocked waits for it.
     pub signal_waits: bool,
+}
+
+/// A thread through which a process can be entered.
+#[derive(Debug, Clone, Copy)]
+pub struct Door<'d> {
+    /// The thread.
+    pub thread: Stopped,
+    /// The processors that it may run on.
+    pub processors: &'d Processors,
+    /// Who waits for it on one of them.
+    pub beside: Option<&'d Beside>,
 }
 
 /// The agent inside one process.
@@ -86,23 +100,33 @@ impl<'a> Guest<'a> {
     pub fn enter(
         pid: Pid,
         pidfd: &PidFd,
-        thread: Stopped,
+        door: Door<'_>,
         memory: &'a ProcessMemory,
         vmas: &[Vma],
     ) -> Result<Self, AgentError> {
+        let thread = door.thread;
         let layout = code::guest_layout();
         let at = slack::find(pid, memory, vmas)?;
         let mut image = code::guest().to_vec();
         let home = Home::new(&regs::resumable(&thread.regs, thread.signal_waits), thread.sigmask).bytes();
         image[layout.home_data..layout.home_data + home.len()].copy_from_slice(&home);
         image[layout.size..layout.size + 8].copy_from_slice(&(AREA as u64).to_le_bytes());
+        let place = door.beside.and_then(|beside| beside.place(thread.tid, door.processors));
+        if let Some(Place { home, .. }) = &place {
+            let home = home.bytes();
+            image[layout.processors..layout.processors + 8].copy_from_slice(&(home.len() as u64).to_le_bytes());
+            image[layout.processors + 8..layout.processors + 8 + home.len()].copy_from_slice(home);
+        }
         memory.write(at, &image)?;
 
-        match Self::arrive(pid, pidfd, thread, memory, at, layout) {
+        match Self::arrive(pid, pidfd, thread, place.as_ref(), memory, at, layout) {
             Ok(guest) => Ok(guest),
             Err(err) => {
                 // The thread is on its way home or was never sent: see that it arrives, then wipe.
                 let _ = settle(&thread);
+                if let Some(Place { home, .. }) = &place {
+                    let _ = sched::set_affinity(thread.tid, home);
+                }
                 let _ = memory.write(at, &vec![0; image.len()]);
                 Err(err)
             }
@@ -113,11 +137,18 @@ impl<'a> Guest<'a> {
         pid: Pid,
         pidfd: &PidFd,
         thread: Stopped,
+        place: Option<&Place>,
         memory: &'a ProcessMemory,
         code: u64,
         layout: GuestLayout,
     ) -> Result<Self, AgentError> {
         send_to(&thread, code)?;
+        // From here on it is given back on the way home. A thread with a deadline (sched(7)) cannot be moved.
+        if let Some(Place { here, .. }) = place
+            && let Err(err) = sched::set_affinity(thread.tid, here)
+        {
+            tracing::debug!(%err, "the thread stays where it is");
+        }
         let arrived = code + layout.after_socketpair as u64;
         let home = code + layout.home as u64;
         let regs = loop {

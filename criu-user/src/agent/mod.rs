@@ -6,12 +6,14 @@
 
 pub mod alone;
 pub mod batch;
+pub mod beside;
 pub mod code;
 pub mod copy;
 pub mod crew;
 pub mod guest;
 pub mod slack;
 
+pub use beside::Beside;
 pub use batch::{Arg, Batch, CallId, Outcome, Room};
 pub use copy::{Aside, Copied};
 pub use crew::{Crew, Member};

@@ -4,13 +4,15 @@ use nix::unistd::Pid;
 
 use super::FreezeError;
 use super::seize::{Seized, children_of};
-use crate::agent::guest::Stopped;
+use crate::agent::guest::{Door, Stopped};
+use crate::agent::{Beside, alone};
 use crate::kernel::mem::ProcessMemory;
 use crate::kernel::pidfd::PidFd;
 use crate::kernel::proc::{self, Shown, Stat};
 use crate::kernel::ptrace::{self, PendingQueue, Stop};
 use crate::kernel::seccomp_bpf::Filter;
-use crate::kernel::{SysError, regs};
+use crate::kernel::processors::Processors;
+use crate::kernel::{SysError, regs, sched};
 
 /// One thread of the tree, standing still.
 #[derive(Debug)]
@@ -23,6 +25,8 @@ pub struct FrozenThread {
     pub xstate: Vec<u8>,
     /// Its registration of restartable sequences.
     pub rseq: Option<ptrace::RseqConfig>,
+    /// The processors that it may run on.
+    pub processors: Processors,
     /// Its seccomp filters, oldest first; `None` where we may not ask for them.
     pub filters: Option<Vec<Filter>>,
 }
@@ -31,6 +35,12 @@ impl FrozenThread {
     /// Its id.
     pub fn tid(&self) -> Pid {
         self.stopped.tid
+    }
+
+    /// The way into its process, for who waits beside, if this may be moved there.
+    pub fn door<'d>(&'d self, beside: Option<&'d Beside>) -> Door<'d> {
+        let may_move = self.filters.as_deref().is_some_and(alone::can_be_moved);
+        Door { thread: self.stopped, processors: &self.processors, beside: beside.filter(|_| may_move) }
     }
 }
 
@@ -151,7 +161,9 @@ fn examine_thread(
     }
     let xstate = ptrace::xstate(tid)?;
     let filters = ptrace::seccomp_filters(tid)?;
-    Ok(FrozenThread { stopped: Stopped { tid, regs, sigmask, signal_waits }, pending, xstate, rseq, filters })
+    let processors = sched::affinity(tid)?;
+    let stopped = Stopped { tid, regs, sigmask, signal_waits };
+    Ok(FrozenThread { stopped, pending, xstate, rseq, processors, filters })
 }
 
 /// The abort handler of the critical section that a thread is in: `struct rseq_cs` of include/uapi/linux/rseq.h.

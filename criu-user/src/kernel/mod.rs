@@ -26,6 +26,7 @@ pub mod pidfd;
 pub mod pipe;
 pub mod probe;
 pub mod proc;
+pub mod processors;
 pub mod ptrace;
 pub mod regs;
 pub mod root;

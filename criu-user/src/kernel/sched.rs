@@ -3,6 +3,7 @@
 use nix::errno::Errno;
 use nix::unistd::Pid;
 
+use super::processors::Processors;
 use super::{SysError, SysResult, sys};
 
 /// Policy, static priority, nice value.
@@ -32,9 +33,8 @@ pub fn of(tid: Pid) -> SysResult<Scheduling> {
     }
 }
 
-/// The processors that a thread may run on, bit n of the bytes for processor n, without zeros at the end.
-/// sched_getaffinity(2).
-pub fn affinity(tid: Pid) -> SysResult<Vec<u8>> {
+/// The processors that a thread may run on. sched_getaffinity(2).
+pub fn affinity(tid: Pid) -> SysResult<Processors> {
     // The kernel wants room for all processors that it could have; 8192 is the most that x86 can be built for.
     let mut mask = vec![0u8; 1024];
     let args = [tid.as_raw() as u64, mask.len() as u64, mask.as_mut_ptr() as u64, 0, 0, 0];
@@ -42,10 +42,24 @@ pub fn affinity(tid: Pid) -> SysResult<Vec<u8>> {
     let filled = unsafe { sys::raw(libc::SYS_sched_getaffinity, args) }
         .map_err(|e| SysError::new("sched_getaffinity", tid, e))?;
     mask.truncate(filled as usize);
-    while mask.last() == Some(&0) {
-        mask.pop();
+    Ok(Processors(mask))
+}
+
+/// Says where a thread may run; 0 is the calling one. sched_setaffinity(2).
+pub fn set_affinity(tid: Pid, processors: &Processors) -> SysResult<()> {
+    let Processors(mask) = processors;
+    // SAFETY: the kernel reads as many bytes as it is told that `mask` has.
+    unsafe {
+        sys::raw(libc::SYS_sched_setaffinity, [tid.as_raw() as u64, mask.len() as u64, mask.as_ptr() as u64, 0, 0, 0])
     }
-    Ok(mask)
+    .map_err(|e| SysError::new("sched_setaffinity", tid, e))
+    .map(drop)
+}
+
+/// The processor that the calling thread runs on. sched_getcpu(3).
+pub fn current_processor() -> Option<usize> {
+    // SAFETY: takes nothing.
+    usize::try_from(unsafe { libc::sched_getcpu() }).ok()
 }
 
 /// The I/O priority of a thread, class and level; 0 where none was set. ioprio_get(2).

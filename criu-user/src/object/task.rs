@@ -94,7 +94,7 @@ fn thread_core(
             seccomp_mode,
             seccomp_filter,
             cg_set,
-            affinity: Some(sched::affinity(tid)?),
+            affinity: Some(thread.processors.trimmed().to_vec()),
             io_priority: Some(sched::io_priority(tid)?).filter(|&priority| priority != 0),
             timer_slack: Some(facts.timer_slack).filter(|&slack| slack != 0),
             wait,
@@ -485,7 +485,7 @@ struct Own {
 impl Own {
     fn read() -> Result<Self, ObjectError> {
         let tid = Pid::this();
-        let (affinity, io_priority) = (sched::affinity(tid)?, sched::io_priority(tid)?);
+        let (affinity, io_priority) = (sched::affinity(tid)?.trimmed().to_vec(), sched::io_priority(tid)?);
         Ok(Self { affinity, io_priority, timer_slack: sched::own_timer_slack() })
     }
 

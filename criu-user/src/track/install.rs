@@ -11,7 +11,7 @@ use std::time::Duration;
 use nix::unistd::Pid;
 
 use super::TrackError;
-use crate::agent::{Batch, Guest};
+use crate::agent::{Batch, Beside, Guest};
 use crate::freeze::{self, Frozen};
 use crate::kernel::error::During;
 use crate::kernel::uffd::{MAKE_FLAGS, WriteWatch};
@@ -29,7 +29,8 @@ pub(super) fn install(pid: Pid) -> Result<Option<(WriteWatch, Frozen)>, TrackErr
     let process = &frozen.processes[0];
     let (Some(memory), Some(first)) = (&process.memory, process.threads.first()) else { return Ok(None) };
     let areas = survey::layout_of(process.shown.by)?;
-    let mut guest = Guest::enter(pid, &process.pidfd, first.stopped, memory, &areas)?;
+    let beside = Beside::stay();
+    let mut guest = Guest::enter(pid, &process.pidfd, first.door(beside.as_ref()), memory, &areas)?;
     let place = guest.lend(&null)?;
     let mut batch = Batch::new();
     let made = batch.call(libc::SYS_userfaultfd, &[MAKE_FLAGS.into()]);
