@@ -181,11 +181,10 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
     let tree = proc::tree(options.pid);
     // A copy may need as much again as it writes.
     let crowded = Crowded::look(&tree, if options.live { 2 } else { 1 });
-    // With a parent there is little to write, and nobody knows how much.
-    let prepared = if options.release == Release::Kill || options.live || !history.is_empty() {
+    let prepared = if options.live || options.release == Release::Kill && history.is_empty() {
         Prepared::default()
     } else {
-        Prepared::make(&dir, &tree)
+        Prepared::make(&dir, &tree, &history)
     };
     surveyor.read_ahead(options.pid);
     let frozen = freeze::freeze(options.pid, options.timeout, options.freeze_cgroup.as_deref())?;

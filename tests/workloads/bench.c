@@ -266,9 +266,16 @@ static const struct {
 	{ "processes", make_processes, check_processes }, { "descriptors", make_descriptors, check_descriptors },
 };
 
-int main(int argc, char **argv)
+/* The longest gap until the next word to go on. */
+static void say_gap(void)
 {
 	char line[64];
+	snprintf(line, sizeof line, "gap %ld\n", watch_clock());
+	say(line);
+}
+
+int main(int argc, char **argv)
+{
 	size_t kind = 0;
 	syscall(SYS_close_range, 3U, ~0U, 0U);
 	CHECK(argc == 3, "usage: bench KIND COUNT");
@@ -278,11 +285,9 @@ int main(int argc, char **argv)
 	count = atol(argv[2]);
 	kinds[kind].make();
 	say_ready();
-	long gap = watch_clock();
-	snprintf(line, sizeof line, "gap %ld\n", gap);
-	say(line);
+	say_gap();
 	say_ready();
-	watch_clock();
+	say_gap();
 	kinds[kind].check();
 	say("ok\n");
 	return 0;

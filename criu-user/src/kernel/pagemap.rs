@@ -131,6 +131,22 @@ impl PageMap {
         self.walk((start, end), query, How::Look, found)
     }
 
+    /// The same; what is found in areas that are registered with a userfaultfd in the mode WP_ASYNC is armed in the step that
+    /// finds it.
+    pub fn scan_and_arm(&mut self, start: u64, end: u64, query: Query, found: &mut Vec<Region>) -> SysResult<()> {
+        let tracked = Query { all: query.all | PageKind::WP_ALLOWED, ..query };
+        // The kernel passes these areas over as a whole.
+        let others = Query { inverted: query.inverted | PageKind::WP_ALLOWED, ..tracked };
+        let before = found.len();
+        self.walk((start, end), tracked, How::Arm, found)?;
+        let between = found.len();
+        self.walk((start, end), others, How::Look, found)?;
+        if before < between && between < found.len() {
+            found[before..].sort_unstable_by_key(|region| region.start);
+        }
+        Ok(())
+    }
+
     /// The pages that were written since they were armed last, in all areas that are registered with a userfaultfd in
     /// the mode WP_ASYNC. Each is armed again in the step that finds it, while the process runs: a write is either seen
     /// by this call or by the next.

@@ -187,7 +187,8 @@ fn first_line(panic: &(dyn Any + Send)) -> String {
 /// What the program says of the longest time between two of its looks at the clock.
 pub fn gap(program: &Program) -> Result<Duration> {
     let log = program.log();
-    let nanoseconds = log.lines().find_map(|line| line.strip_prefix("gap ")).context("the program logged no gap")?;
+    let mut gaps = log.lines().filter_map(|line| line.strip_prefix("gap "));
+    let nanoseconds = gaps.next_back().context("the program logged no gap")?;
     Ok(Duration::from_nanos(nanoseconds.parse()?))
 }
 

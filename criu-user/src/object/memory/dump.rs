@@ -1,8 +1,6 @@
 //! Writing the private memory of a process.
 
-use std::collections::VecDeque;
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::unistd::Pid;
@@ -19,8 +17,9 @@ use crate::observer::Observer;
 
 use super::super::ObjectError;
 use super::super::file::Capture;
+use super::ahead::{self, How, LookAhead};
 use super::area::is_private;
-use super::history::Place;
+use super::history::{Clean, Place};
 
 /// I/O vectors that one call takes: IOV_MAX.
 pub(super) const IOVECS: usize = 1024;
@@ -101,124 +100,78 @@ pub fn dump_private(
     let pid = guest.pid();
     let memory =
         process.memory.as_ref().ok_or_else(|| ObjectError::contradiction(format!("pid {pid} has no memory")))?;
-    let mut ahead = LookAhead::new(PageMap::open(process.shown.by)?, vmas);
+    let pages = PageMap::open(process.shown.by)?;
+    let how = if cx.past.arms.contains(&pid) { How::Arming } else { How::Looking };
     let prepared = cx.past.prepared.take(process.shown.by);
     let image = PagesWriter::create_with(cx.dir, ImageKind::Pagemap.id(pid.as_raw() as u64), pages_id, prepared)?;
-    let mut scanned = 0;
     let by_itself = can_write_itself(cx, pid);
-    let mut copy = Copy { image, guest, memory, observer: cx.observer, waiting: Vec::new() };
-    let mut clean = cx.past.history.of(pid);
-    for (n, vma) in vmas.iter().enumerate() {
-        if vma.special() == Some("[vdso]") {
-            // With it a restore can tell whether its kernel's vDSO is the same.
-            copy.write_from_outside(Region { start: vma.start, end: vma.end, categories: 0 })?;
-            continue;
-        }
-        if !has_own_pages(vma) {
-            continue;
-        }
-        scanned += vma.len() / PAGE;
-        let mut regions = ahead.regions(n)?;
-        regions.retain(|region| {
-            let guarded = region.categories & PageKind::GUARD.bits() != 0;
-            if guarded {
-                guards.push(guard(region));
-            }
-            !guarded
-        });
-        let inside = by_itself && vma.flags.contains(VmFlags::READ) && !copy.guest.stands_in(vma.start, vma.end);
-        for region in regions {
-            let mut parts = Vec::new();
-            if hides_what_was_given_up(vma) {
-                parts.push((region, Place::Here));
-            } else {
-                clean.split(region, |part, place| parts.push((part, place)));
-            }
-            for (part, place) in parts {
-                if inside || place == Place::Parent {
-                    copy.waiting.push((part, place));
-                } else {
-                    copy.write_from_outside(part)?;
-                }
-            }
-        }
-    }
-    if cx.past.arms.contains(&pid) {
-        let begin = Instant::now();
-        ahead.map.fetch_written(&mut Vec::new())?;
-        ahead.took += begin.elapsed();
-    }
-    debug!(pid = pid.as_raw(), scanning_us = ahead.took.as_micros() as u64, "its page map is read");
+    let clean = cx.past.history.of(pid);
+    let copy = Copy { image, guest, memory, observer: cx.observer, waiting: Vec::new() };
+    let (scanned, took, copy) = ahead::walk(pages, vmas, how, |ahead| {
+        let mut work = Work { copy, clean, by_itself, guards };
+        let scanned = work.write(vmas, ahead)?;
+        Ok((scanned, ahead.took(), work.copy))
+    })?;
+    debug!(pid = pid.as_raw(), scanning_us = took.as_micros() as u64, "its page map is read");
     let PageCounts { present: written, in_parent } = copy.finish()?;
     Ok(Pages { scanned, written, in_parent })
 }
 
+/// What a dump of memory goes through its areas with.
+struct Work<'w, 'g, 'm> {
+    copy: Copy<'g, 'm>,
+    clean: Clean<'w>,
+    by_itself: bool,
+    guards: &'w mut Vec<VmaEntry>,
+}
+
+impl Work<'_, '_, '_> {
+    /// Writes what the areas hold, or has it written, and says how many pages they have.
+    fn write(&mut self, vmas: &[Vma], ahead: &mut LookAhead) -> Result<u64, ObjectError> {
+        let mut scanned = 0;
+        for vma in vmas {
+            if vma.special() == Some("[vdso]") {
+                // With it a restore can tell whether its kernel's vDSO is the same.
+                self.copy.write_from_outside(Region { start: vma.start, end: vma.end, categories: 0 })?;
+            }
+            if !has_own_pages(vma) {
+                continue;
+            }
+            scanned += vma.len() / PAGE;
+            while let Some(regions) = ahead.regions(vma)? {
+                regions.into_iter().try_for_each(|region| self.region(vma, region))?;
+            }
+        }
+        Ok(scanned)
+    }
+
+    fn region(&mut self, vma: &Vma, region: Region) -> Result<(), ObjectError> {
+        if region.categories & PageKind::GUARD.bits() != 0 {
+            self.guards.push(guard(&region));
+            return Ok(());
+        }
+        let copy = &mut self.copy;
+        let inside =
+            self.by_itself && vma.flags.contains(VmFlags::READ) && !copy.guest.stands_in(vma.start, vma.end);
+        let mut outcome = Ok(());
+        let mut part = |part: Region, place: Place| {
+            if inside || place == Place::Parent {
+                copy.waiting.push((part, place));
+            } else if outcome.is_ok() {
+                outcome = copy.write_from_outside(part);
+            }
+        };
+        match hides_what_was_given_up(vma) {
+            true => part(region, Place::Here),
+            false => self.clean.split(region, part),
+        }
+        outcome
+    }
+}
+
 /// Whether an area has pages that are its own and are to be written.
 pub(super) fn has_own_pages(vma: &Vma) -> bool {
-    is_private(vma) && !vma.flags.intersects(VmFlags::PFNMAP | VmFlags::IO)
-}
-
-/// The page map, read for neighbouring areas of the same kind at once: a question about one area takes 2.5 µs however
-/// small it is, and there are programs with tens of thousands of areas.
-struct LookAhead<'v> {
-    map: PageMap,
-    vmas: &'v [Vma],
-    /// What was found and not given out yet, in the order of the addresses.
-    found: VecDeque<Region>,
-    /// Up to where was looked.
-    until: u64,
-    took: Duration,
-}
-
-impl<'v> LookAhead<'v> {
-    fn new(map: PageMap, vmas: &'v [Vma]) -> Self {
-        Self { map, vmas, found: VecDeque::new(), until: 0, took: Duration::ZERO }
-    }
-
-    /// The regions of the area at `n`. Areas have to be asked for in their order; not all have to be.
-    fn regions(&mut self, n: usize) -> Result<Vec<Region>, ObjectError> {
-        let vma = &self.vmas[n];
-        if vma.start >= self.until {
-            self.look(n)?;
-        }
-        Ok(take_of(&mut self.found, vma.start, vma.end))
-    }
-
-    fn look(&mut self, n: usize) -> Result<(), ObjectError> {
-        let first = &self.vmas[n];
-        let together = |pair: &[Vma]| {
-            let [one, next] = pair else { return false };
-            one.end == next.start && own_pages(one) == own_pages(next) && has_own_pages(next)
-        };
-        let more = self.vmas[n..].windows(2).take_while(|pair| together(pair)).count();
-        self.until = self.vmas[n + more].end;
-        let begin = Instant::now();
-        let mut found = Vec::new();
-        self.map.scan(first.start, self.until, own_pages(first), &mut found)?;
-        self.found = found.into();
-        self.took += begin.elapsed();
-        Ok(())
-    }
-}
-
-/// Takes what is between two addresses; what comes before is dropped, and what reaches beyond is cut.
-fn take_of(found: &mut VecDeque<Region>, start: u64, end: u64) -> Vec<Region> {
-    let mut taken = Vec::new();
-    while let Some(region) = found.front_mut() {
-        if region.start >= end {
-            break;
-        }
-        let part = Region { start: region.start.max(start), end: region.end.min(end), ..*region };
-        if part.start < part.end {
-            taken.push(part);
-        }
-        if region.end > end {
-            region.start = end;
-            break;
-        }
-        found.pop_front();
-    }
-    taken
+    is_private(vma) && !vma.flags.intersects(VmFlags::PFNMAP | VmFlags::IO) && vma.special() != Some("[vdso]")
 }
 
 pub(super) fn guard(region: &Region) -> VmaEntry {
@@ -345,21 +298,4 @@ pub(super) fn check_written(result: Result<u64, Errno>, bytes: u64, pid: Pid, fi
 pub(super) fn range(start: u64, len: u64) -> Result<PageRange, ObjectError> {
     PageRange::new(start, start + len)
         .ok_or_else(|| ObjectError::contradiction(format!("pages {start:#x}, {len} bytes")))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_run_over_several_areas_is_cut_where_they_meet() {
-        let region = |start, end, categories| Region { start, end, categories };
-        let mut found = VecDeque::from([region(0x1000, 0x5000, 4), region(0x6000, 0x7000, 8)]);
-        assert_eq!(take_of(&mut found, 0x1000, 0x3000), [region(0x1000, 0x3000, 4)]);
-        assert_eq!(take_of(&mut found, 0x3000, 0x4000), [region(0x3000, 0x4000, 4)]);
-        // An area between is not asked for.
-        assert_eq!(take_of(&mut found, 0x4800, 0x6800), [region(0x4800, 0x5000, 4), region(0x6000, 0x6800, 8)]);
-        assert_eq!(take_of(&mut found, 0x6800, 0x9000), [region(0x6800, 0x7000, 8)]);
-        assert!(found.is_empty());
-    }
 }

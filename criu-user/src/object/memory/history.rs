@@ -14,7 +14,7 @@ use crate::image::{ImageDir, ImageError, PageStore};
 use crate::kernel::SysResult;
 use crate::kernel::page_set::PageSet;
 use crate::kernel::pagemap::{PageKind, PageMap, Query, Region};
-use crate::kernel::survey::Vma;
+use crate::kernel::survey::{PAGE, Vma};
 
 use super::area::is_private;
 
@@ -47,6 +47,11 @@ impl History {
     /// Whether there is anything to build on.
     pub fn is_empty(&self) -> bool {
         self.clean.is_empty()
+    }
+
+    /// How many pages of a process need not be written, as far as is known before it stands still.
+    pub fn pages_of(&self, pid: Pid) -> u64 {
+        self.clean.get(&pid.as_raw()).map_or(0, |ranges| ranges.iter().map(|(start, end)| (end - start) / PAGE).sum())
     }
 
     /// Forgets all processes but these.

@@ -4,6 +4,7 @@
 //! itself is read from outside. They come back by `preadv` of the task's own into fresh mappings, or, where they are many,
 //! by the engine. A process is forked when its parent's memory is complete, so that what both have in common is shared again.
 
+mod ahead;
 mod area;
 mod copy;
 mod crowded;

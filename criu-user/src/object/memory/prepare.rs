@@ -5,8 +5,8 @@
 //! be and in memory already, writing it is a copy. So files without a name are filled with zeros while the tree runs, and
 //! get their names in the freeze.
 //!
-//! It is more work all in all, so it is done only where the tree runs on after the dump and the time that it stands
-//! still is what counts.
+//! It is more work all in all, so it is done only where the time that the tree stands still is what counts: it runs on after
+//! the dump, or was dumped before, so that little is left to be written.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -18,8 +18,10 @@ use nix::unistd::Pid;
 use tracing::debug;
 
 use super::dump::estimate;
+use super::history::History;
 use crate::image::ImageDir;
 use crate::kernel::headroom;
+use crate::kernel::survey::PAGE;
 
 /// Of the memory that is left, the part that may be filled: less than the kernel lets wait before it begins to write to
 /// the disk (`vm.dirty_background_ratio`), so that no zeros get there.
@@ -30,13 +32,21 @@ const SHARE: u64 = 12;
 pub struct Prepared(HashMap<Pid, File>);
 
 impl Prepared {
-    /// Makes them for these processes. What cannot be made is left out: it is made in the freeze then.
-    pub fn make(dir: &ImageDir, processes: &[Pid]) -> Self {
+    /// Makes them for these processes, for what the parent does not have. What cannot be made is left out: it is made in the
+    /// freeze then.
+    pub fn make(dir: &ImageDir, processes: &[Pid], history: &History) -> Self {
+        /// Pages that a program writes until it stands still, besides a tenth of what it has written since its parent.
+        const MORE: u64 = 256;
         let begin = Instant::now();
         let mut room = headroom::of(Pid::this()).map_or(0, |left| left.bytes / SHARE).min(free_on_disk(dir) / 2);
         let mut files = HashMap::new();
         for &pid in processes {
-            let bytes = estimate(pid).min(room);
+            let all = estimate(pid);
+            let bytes = match history.pages_of(pid) {
+                0 => all,
+                clean => (all.saturating_sub(clean * PAGE) / 10 * 11 / PAGE + MORE) * PAGE,
+            };
+            let bytes = bytes.min(all).min(room);
             if bytes == 0 {
                 continue;
             }
@@ -85,7 +95,7 @@ mod tests {
     fn a_prepared_file_becomes_as_long_as_its_pages() {
         let place = tempfile::tempdir().expect("a directory");
         let dir = ImageDir::create(place.path()).expect("an image directory");
-        let mut prepared = Prepared::make(&dir, &[Pid::this()]);
+        let mut prepared = Prepared::make(&dir, &[Pid::this()], &History::default());
         // Nothing is to be seen of it: an earlier dump is still there.
         assert!(dir.list().expect("listing").is_empty());
         let file = prepared.take(Pid::this()).expect("this process has memory");

@@ -64,19 +64,17 @@ fn dirtying(size: u64) -> Program {
 /// over its page map.
 fn incremental(pair: &Pair, size: u64) -> Result<(Duration, Duration)> {
     let mut program = dirtying(size);
-    let images = |n: u32| program.file(&format!("images-{n}"));
-    pair.ours.pre_dump(&program, &images(1), None)?;
-    pair.ours.pre_dump(&program, &images(2), Some(&images(1)))?;
-    let last = images(3);
-    let parent = images(2);
-    let parent = parent.to_string_lossy();
-    pair.ours.dump(&program, &last, &["-R", "-v4", "--track-mem", "--prev-images-dir", &parent])?;
+    let [first, second, last] = [1, 2, 3].map(|n| program.file(&format!("images-{n}")));
+    pair.ours.pre_dump(&program, &first, None)?;
+    pair.ours.pre_dump(&program, &second, Some(&first))?;
+    // What happens from here on is the last dump's.
     program.next();
-    let frozen = sample::gap(&program)?;
+    let parent = second.to_string_lossy();
+    pair.ours.dump(&program, &last, &["-R", "-v4", "--track-mem", "--prev-images-dir", &parent])?;
     let scan = scanning(&last)?;
-    pair.ours.untrack(program.pid())?;
+    // The session ends with it.
     program.finish();
-    Ok((frozen, scan))
+    Ok((sample::gap(&program)?, scan))
 }
 
 /// What the log says of the walk over the page map.
