@@ -27,7 +27,7 @@ use crate::object::memory::{Crowded, Pages, Past, Prepared};
 use crate::object::outside::{External, Inherit};
 use crate::object::tcp::{Hold, NetworkLock};
 use crate::object::{
-    ObjectError, Refusal, apart, cgroup, clocks, fs, locks, memfd, memory, seccomp, shmem, task, tree, waits,
+    ObjectError, Refusal, apart, cgroup, clocks, fs, locks, memfd, memory, seccomp, seen, shmem, task, tree, waits,
 };
 use crate::observer::{Moment, Objection, Observer, tell};
 use crate::track::predict::{self, Measured, Shape};
@@ -186,6 +186,7 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
     } else {
         Prepared::make(&dir, &tree, &history)
     };
+    seen::make_room(&tree);
     surveyor.read_ahead(options.pid);
     let frozen = freeze::freeze(options.pid, options.timeout, options.freeze_cgroup.as_deref())?;
     let (processes, threads) = (frozen.processes.len(), frozen.processes.iter().map(|p| p.threads.len()).sum());

@@ -17,14 +17,14 @@ use nix::unistd::Pid;
 use crate::kernel::map::SharedMap;
 use crate::kernel::mem::ProcessMemory;
 use crate::kernel::pidfd::PidFd;
-use crate::kernel::ptrace::{self, Stop};
 use crate::kernel::processors::Processors;
+use crate::kernel::ptrace::{self, Stop};
 use crate::kernel::regs::{self, is_entry};
 use crate::kernel::sched;
 use crate::kernel::{SysError, error::During};
 
-use super::beside::{Beside, Place};
 use super::batch::{Arg, Batch, CallId, HEADER, Outcome, Room};
+use super::beside::{Beside, Place};
 use super::code::{self, GuestLayout, Home};
 use super::{AgentError, slack};
 use crate::kernel::survey::Vma;

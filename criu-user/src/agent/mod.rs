@@ -13,8 +13,8 @@ pub mod crew;
 pub mod guest;
 pub mod slack;
 
-pub use beside::Beside;
 pub use batch::{Arg, Batch, CallId, Outcome, Room};
+pub use beside::Beside;
 pub use copy::{Aside, Copied};
 pub use crew::{Crew, Member};
 pub use guest::Guest;

@@ -9,9 +9,9 @@ use crate::agent::{Beside, alone};
 use crate::kernel::mem::ProcessMemory;
 use crate::kernel::pidfd::PidFd;
 use crate::kernel::proc::{self, Shown, Stat};
+use crate::kernel::processors::Processors;
 use crate::kernel::ptrace::{self, PendingQueue, Stop};
 use crate::kernel::seccomp_bpf::Filter;
-use crate::kernel::processors::Processors;
 use crate::kernel::{SysError, regs, sched};
 
 /// One thread of the tree, standing still.

@@ -2,13 +2,13 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{SockaddrIn, bind};
 use nix::sys::stat::fstat;
 
-use super::sock_diag::{ACK, BY_FAMILY, DESTROY, DUMP, ask, attributes, u32_at};
+use super::sock_diag::{self, ACK, BY_FAMILY, DESTROY, DUMP, ask, ask_for_one, attributes, u32_at};
 use super::{SysError, SysResult, socket};
 
 /// A TCP socket.
@@ -49,6 +49,31 @@ pub fn all() -> SysResult<HashMap<u32, TcpSocket>> {
     Ok(found)
 }
 
+/// Asks for one connection after the other. The kernel finds one by its ends; to list all it goes through tables that are
+/// made for hundreds of thousands.
+#[derive(Debug)]
+pub struct Asker(OwnedFd);
+
+impl Asker {
+    /// A new one.
+    pub fn new() -> SysResult<Self> {
+        sock_diag::open().map(Self)
+    }
+
+    /// The connection between these ends, and its inode. Those at a certain interface alone are not found.
+    pub fn find(&self, local: SocketAddr, remote: SocketAddr) -> SysResult<Option<(u32, TcpSocket)>> {
+        let mut found = None;
+        let request = request(family(local), u32::MAX, &id(local, remote));
+        match ask_for_one(self.0.as_fd(), "tcp", &request, |message| {
+            found = Some(socket_of(message)?);
+            Some(())
+        }) {
+            Err(e) if e.errno == Errno::ENOENT => Ok(None),
+            other => other.map(|()| found),
+        }
+    }
+}
+
 /// Whether [`all`] has sockets that are bound and nothing else, found out with one of our own: TCP_BOUND_INACTIVE, Linux
 /// 6.8.
 pub fn lists_bound() -> SysResult<bool> {
@@ -62,6 +87,18 @@ pub fn lists_bound() -> SysResult<bool> {
 /// Ends a socket that nobody holds any more: what was left of it when its program was killed. Nothing happens if there is
 /// none. Needs CONFIG_INET_DIAG_DESTROY.
 pub fn destroy(local: SocketAddr, remote: SocketAddr) -> SysResult<()> {
+    match ask("tcp", DESTROY, ACK, &request(family(local), u32::MAX, &id(local, remote)), |_| Some(())) {
+        Err(e) if e.errno == Errno::ENOENT => Ok(()),
+        other => other,
+    }
+}
+
+fn family(end: SocketAddr) -> i32 {
+    if end.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 }
+}
+
+/// `struct inet_diag_sockid` of a connection.
+fn id(local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
     let mut id = Vec::with_capacity(48);
     id.extend_from_slice(&local.port().to_be_bytes());
     id.extend_from_slice(&remote.port().to_be_bytes());
@@ -75,11 +112,7 @@ pub fn destroy(local: SocketAddr, remote: SocketAddr) -> SysResult<()> {
     }
     id.extend_from_slice(&[0; 4]);
     id.extend_from_slice(&NO_COOKIE);
-    let family = if local.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
-    match ask("tcp", DESTROY, ACK, &request(family, u32::MAX, &id), |_| Some(())) {
-        Err(e) if e.errno == Errno::ENOENT => Ok(()),
-        other => other,
-    }
+    id
 }
 
 /// `struct inet_diag_req_v2`.

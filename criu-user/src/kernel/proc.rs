@@ -5,6 +5,7 @@
 //! over a reused buffer. proc(5) describes the files.
 
 use std::fs;
+use std::io::Read as _;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -19,8 +20,29 @@ use super::{SysError, SysResult};
 
 /// Reads a whole file of /proc as text (bytes that are no UTF-8 are replaced).
 pub fn read_text(path: &str) -> SysResult<String> {
-    let bytes = fs::read(path).during("read", path)?;
+    let bytes = read_all(path).during("read", path)?;
     Ok(String::from_utf8(bytes).unwrap_or_else(|e| String::from_utf8_lossy(e.as_bytes()).into_owned()))
+}
+
+/// Files of /proc tell nobody how long they are, and most are short: nobody is asked, and the first look sees all.
+fn read_all(path: &str) -> std::io::Result<Vec<u8>> {
+    const ROOM: usize = 4 << 10;
+    let mut file = fs::File::open(path)?;
+    let mut bytes = vec![0; ROOM];
+    let mut len = 0;
+    loop {
+        match file.read(&mut bytes[len..]) {
+            Ok(0) => break,
+            Ok(read) => len += read,
+            Err(err) if err.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(err) => return Err(err),
+        }
+        if bytes.len() - len < ROOM / 2 {
+            bytes.resize(bytes.len() * 2, 0);
+        }
+    }
+    bytes.truncate(len);
+    Ok(bytes)
 }
 
 fn malformed(path: &str) -> SysError {
@@ -47,6 +69,11 @@ pub fn threads(pid: Pid) -> SysResult<Vec<Pid>> {
 /// Numbers of the open descriptors of a process, ascending.
 pub fn descriptors(pid: Pid) -> SysResult<Vec<i32>> {
     numbered_entries(&format!("/proc/{pid}/fd"))
+}
+
+/// How many descriptors a process has, which its directory tells as its size since Linux 6.2; 0 before.
+pub fn count_descriptors(pid: Pid) -> usize {
+    fs::metadata(format!("/proc/{pid}/fd")).map_or(0, |meta| meta.len() as usize)
 }
 
 /// Children that one thread has started (children belong to threads until these exit). Needs CONFIG_PROC_CHILDREN.

@@ -85,7 +85,8 @@ impl Processors {
             dirs.is_some_and(|(hierarchy, dir)| {
                 // In version 2, a group without the controller has what the next above has that has it.
                 let above = dir.ancestors().take_while(|dir| dir.starts_with(&hierarchy.mount));
-                let files = above.flat_map(|dir| ["cpuset.cpus.effective", "cpuset.effective_cpus"].map(|f| dir.join(f)));
+                let files =
+                    above.flat_map(|dir| ["cpuset.cpus.effective", "cpuset.effective_cpus"].map(|f| dir.join(f)));
                 let nearest = files.into_iter().find(|file| file.exists());
                 let listed = nearest.and_then(|file| Self::listed(&file.to_string_lossy()));
                 listed.is_some_and(|listed| listed.trimmed() == self.trimmed())

@@ -3,7 +3,7 @@
 //!
 //! The netlink crates know no more of these messages than is needed here, and would be four crates more.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
@@ -36,8 +36,24 @@ pub(super) fn ask(
     request: &[u8],
     each: impl FnMut(&[u8]) -> Option<()>,
 ) -> SysResult<()> {
-    let netlink = socket::new(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_SOCK_DIAG)?;
-    ask_by(netlink.as_fd(), ("sock_diag", family), kind, flags, request, each)
+    ask_by(open()?.as_fd(), ("sock_diag", family), kind, flags, request, each)
+}
+
+/// A socket to ask by.
+pub(super) fn open() -> SysResult<OwnedFd> {
+    socket::new(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_SOCK_DIAG)
+}
+
+/// Asks for one thing, again and again by the same socket: the answer is one short message.
+pub(super) fn ask_for_one(
+    netlink: BorrowedFd<'_>,
+    family: &'static str,
+    request: &[u8],
+    mut each: impl FnMut(&[u8]) -> Option<()>,
+) -> SysResult<()> {
+    let call = ("sock_diag", family);
+    send(netlink, BY_FAMILY, 0, request)?;
+    receive(call, netlink, &mut [0; 4 << 10], &mut each).map(drop)
 }
 
 /// The same by a socket of any netlink protocol; `call` says for a reader what is done, on what.
@@ -49,26 +65,31 @@ pub(super) fn ask_by(
     request: &[u8],
     mut each: impl FnMut(&[u8]) -> Option<()>,
 ) -> SysResult<()> {
+    send(netlink, kind, flags, request)?;
+    let mut room = vec![0; ROOM];
+    while receive(call, netlink, &mut room, &mut each)? {}
+    Ok(())
+}
+
+fn send(netlink: BorrowedFd<'_>, kind: u16, flags: u16, request: &[u8]) -> SysResult<()> {
     let mut message = Vec::with_capacity(HEADER + request.len());
     message.extend_from_slice(&((HEADER + request.len()) as u32).to_le_bytes());
     message.extend_from_slice(&kind.to_le_bytes());
     message.extend_from_slice(&(NLM_F_REQUEST | flags).to_le_bytes());
     message.extend_from_slice(&[0; 8]);
     message.extend_from_slice(request);
-    socket::send(netlink, &message, &Extra::default())?;
-    while receive(call, netlink, &mut each)? {}
-    Ok(())
+    socket::send(netlink, &message, &Extra::default()).map(drop)
 }
 
 /// Takes one piece of an answer; whether there is more.
 fn receive(
     (call, on): (&'static str, &'static str),
     netlink: BorrowedFd<'_>,
+    piece: &mut [u8],
     each: &mut impl FnMut(&[u8]) -> Option<()>,
 ) -> SysResult<bool> {
     let malformed = || SysError::new(call, on, Errno::EBADMSG);
-    let mut piece = vec![0; ROOM];
-    let len = recv(netlink.as_raw_fd(), &mut piece, MsgFlags::empty()).during("recv", call)?;
+    let len = recv(netlink.as_raw_fd(), piece, MsgFlags::empty()).during("recv", call)?;
     let mut rest = &piece[..len];
     while rest.len() >= HEADER {
         let (len, kind) = (u32_at(rest, 0) as usize, u16_at(rest, 4));

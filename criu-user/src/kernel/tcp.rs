@@ -143,12 +143,6 @@ pub fn lengths(fd: impl AsFd) -> SysResult<Lengths> {
     })
 }
 
-/// How many bytes both queues hold together, roughly: a FIN counts as one.
-pub fn queued(fd: impl AsFd) -> SysResult<u32> {
-    let fd = fd.as_fd();
-    Ok(readable_bytes(fd)? as u32 + tcp_unacknowledged(fd)? as u32)
-}
-
 /// Bytes of memory that a datagram socket has taken for what it has not sent yet: SIOCOUTQ.
 pub fn unsent_memory(fd: impl AsFd) -> SysResult<u32> {
     Ok(tcp_unacknowledged(fd.as_fd())? as u32)

@@ -10,11 +10,12 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::rc::Rc;
 
-use nix::sys::stat::{FileStat, SFlag};
 use nix::unistd::Pid;
 use tracing::debug;
 
 use super::memory::Past;
+pub use super::seen::Seen;
+use super::seen::{AT_ONCE, Glance, Looked};
 use super::{KINDS, ObjectError, Refusal, locks, unsupported};
 use crate::call;
 use crate::image::proto::{FdTypes, FdinfoEntry, FileEntry, FownEntry};
@@ -22,84 +23,10 @@ use crate::image::{ImageDir, ImageKind, references};
 use crate::kernel::proc::KeyValues;
 use crate::kernel::survey::Descriptor;
 use crate::kernel::sys::{Compare, kcmp};
-use crate::kernel::{self, error::During, pidfd::PidFd, proc};
+use crate::kernel::{self, error::During, pidfd::PidFd};
 use crate::observer::Observer;
+use crate::parallel;
 use crate::plan::{Deed, FileRef, Opened, Plan, Stage, TaskRef, Why};
-
-/// A description as it was found.
-#[derive(Debug)]
-pub struct Seen {
-    /// Its id in files.img.
-    pub id: u32,
-    /// The process whose table it was first seen in.
-    pub pid: Pid,
-    /// Its number there.
-    pub fd: i32,
-    /// A duplicate of ours: the same description. Whatever is changed through it is changed for the target.
-    pub file: OwnedFd,
-    /// stat(2) of it.
-    pub stat: FileStat,
-    /// Where /proc/PID/fd/N points.
-    pub link: PathBuf,
-    /// /proc/PID/fdinfo/N.
-    pub info: KeyValues,
-    /// Open flags and status flags, without O_CLOEXEC.
-    pub flags: u32,
-    /// Its position.
-    pub pos: u64,
-    /// The family, if it is a socket; asked once.
-    family: std::cell::OnceCell<Option<i32>>,
-}
-
-impl Seen {
-    /// The file type bits.
-    pub fn file_type(&self) -> SFlag {
-        SFlag::from_bits_truncate(self.stat.st_mode & SFlag::S_IFMT.bits())
-    }
-
-    /// The family, if it is a socket.
-    pub fn family(&self) -> Option<i32> {
-        let is_socket = self.file_type() == SFlag::S_IFSOCK;
-        *self.family.get_or_init(|| is_socket.then(|| super::sockopt::family(&self.file)).flatten())
-    }
-
-    /// The link's text; kinds without a path have names such as `anon_inode:[eventfd]`.
-    pub fn link_text(&self) -> std::borrow::Cow<'_, str> {
-        self.link.to_string_lossy()
-    }
-
-    /// Whether it is an anonymous inode of this name.
-    pub fn is_anon(&self, name: &str) -> bool {
-        self.link_text().strip_prefix("anon_inode:").is_some_and(|n| n.trim_matches(['[', ']']) == name)
-    }
-
-    /// Who gets its signals.
-    pub fn fown(&self) -> Result<FownEntry, ObjectError> {
-        // O_PATH handles have no owner, and fcntl(2) refuses to say so.
-        if self.flags & libc::O_PATH as u32 != 0 {
-            return Ok(FownEntry::default());
-        }
-        let owner = kernel::fd::owner(&self.file)?;
-        Ok(FownEntry {
-            uid: owner.uids[0],
-            euid: owner.uids[1],
-            signum: owner.signal as u32,
-            // The image has the kernel's own numbering: PIDTYPE_PID + 1 …, see [`owner_kind`].
-            pid_type: pid_type(owner.kind),
-            pid: owner.id as u32,
-        })
-    }
-
-    /// A refusal of it.
-    pub fn refuse(&self, what: impl Into<String>, advice: impl Into<String>) -> Refusal {
-        Refusal { pid: self.pid.as_raw(), fd: Some(self.fd), what: what.into(), advice: advice.into() }
-    }
-}
-
-/// F_OWNER_TID, F_OWNER_PID and F_OWNER_PGRP as the image writes them, which is as fcntl(2) does.
-fn pid_type(kind: i32) -> u32 {
-    kind as u32
-}
 
 /// A kind of open file description.
 pub trait FileKind: Sync {
@@ -248,38 +175,53 @@ impl<'a> Capture<'a> {
                 self.holders.entry(d.description).or_default().push((pid, d.fd));
             }
         }
-        let mut types: HashMap<u32, FdTypes> = HashMap::new();
-        let mut out = BTreeMap::new();
+        let mut known = HashSet::new();
+        let mut all = Vec::new();
         for (&pid, table) in tables {
-            let mut entries = Vec::with_capacity(table.len());
-            for d in table {
-                let pidfd = pidfds.get(&pid).ok_or_else(|| ObjectError::contradiction(format!("pid {pid} unheld")))?;
-                let info = KeyValues::fdinfo(pid, d.fd)?;
-                let flags = info.number("flags", 8)? as u32;
-                locks::look(self, pid, d.fd, d.description, &info)?;
-                let r#type = match types.get(&d.description) {
-                    Some(&known) => known,
-                    None => {
-                        let found = self.describe(pid, pidfd.get(d.fd)?, d, info, flags & !(libc::O_CLOEXEC as u32))?;
-                        types.insert(d.description, found);
-                        found
-                    }
-                };
-                let cloexec = flags & libc::O_CLOEXEC as u32 != 0;
-                entries.push(FdinfoEntry {
-                    id: d.description,
-                    flags: if cloexec { libc::FD_CLOEXEC as u32 } else { 0 },
-                    r#type: r#type as i32,
-                    fd: d.fd as u32,
-                    ..FdinfoEntry::default()
-                });
+            let pidfd = *pidfds.get(&pid).ok_or_else(|| ObjectError::contradiction(format!("pid {pid} unheld")))?;
+            all.extend(table.iter().map(|d| Glance { pid, pidfd, d, is_first: known.insert(d.description) }));
+        }
+        let mut types: HashMap<u32, FdTypes> = HashMap::new();
+        let mut out: BTreeMap<Pid, Vec<FdinfoEntry>> = tables.keys().map(|&pid| (pid, Vec::new())).collect();
+        for some in all.chunks(AT_ONCE) {
+            let looked = parallel::map(some, Glance::look);
+            for (&Glance { pid, d, .. }, looked) in some.iter().zip(looked) {
+                let entry = self.descriptor(pid, d, looked?, &mut types)?;
+                out.entry(pid).or_default().push(entry);
             }
-            out.insert(pid, entries);
         }
         for kind in KINDS {
             kind.finish(self)?;
         }
         Ok(out)
+    }
+
+    /// Reads a descriptor, and what it is of if that is not known yet.
+    fn descriptor(
+        &mut self,
+        pid: Pid,
+        d: &Descriptor,
+        looked: Looked,
+        types: &mut HashMap<u32, FdTypes>,
+    ) -> Result<FdinfoEntry, ObjectError> {
+        let flags = match &looked {
+            Looked::Anew(seen, flags) => {
+                locks::look(self, pid, d.fd, d.description, &seen.info)?;
+                types.insert(d.description, self.describe(seen)?);
+                *flags
+            }
+            Looked::Again(info) => {
+                locks::look(self, pid, d.fd, d.description, info)?;
+                info.number("flags", 8)? as u32
+            }
+        };
+        Ok(FdinfoEntry {
+            id: d.description,
+            flags: if flags & libc::O_CLOEXEC as u32 != 0 { libc::FD_CLOEXEC as u32 } else { 0 },
+            r#type: types.get(&d.description).copied().unwrap_or(FdTypes::Und) as i32,
+            fd: d.fd as u32,
+            ..FdinfoEntry::default()
+        })
     }
 
     /// The id of a description that was found on its way in a socket: that of a known one, or one of its own.
@@ -307,7 +249,7 @@ impl<'a> Capture<'a> {
         let ours = file.try_clone().during("fcntl(F_DUPFD_CLOEXEC)", format!("fd {}", d.fd))?;
         self.in_flight.push((d.description, file));
         let said = self.refusals.len();
-        self.describe(own, ours, &d, info, flags)?;
+        self.describe(&Seen::look(own, &d, ours, info, flags)?)?;
         for refusal in self.refusals.iter_mut().skip(said).filter(|r| r.pid == own.as_raw()) {
             let what = format!("on its way in a socket, {}", refusal.what);
             *refusal = carrier.refuse(what, std::mem::take(&mut refusal.advice));
@@ -315,26 +257,15 @@ impl<'a> Capture<'a> {
         Ok(d.description)
     }
 
-    fn describe(
-        &mut self,
-        pid: Pid,
-        file: OwnedFd,
-        d: &Descriptor,
-        info: KeyValues,
-        flags: u32,
-    ) -> Result<FdTypes, ObjectError> {
-        let stat = nix::sys::stat::fstat(&file).during("fstat", format!("pid {pid}, fd {}", d.fd))?;
-        let link = proc::link(&format!("/proc/{pid}/fd/{}", d.fd))?;
-        let pos = info.number("pos", 10)?;
-        let seen =
-            Seen { id: d.description, pid, fd: d.fd, file, stat, link, info, flags, pos, family: Default::default() };
-        let Some(kind) = KINDS.iter().find(|kind| kind.is(&seen)) else {
-            self.refuse(unsupported::refuse(&seen));
+    fn describe(&mut self, seen: &Seen) -> Result<FdTypes, ObjectError> {
+        let Some(kind) = KINDS.iter().find(|kind| kind.is(seen)) else {
+            self.refuse(unsupported::refuse(seen));
             return Ok(FdTypes::Und);
         };
-        let entry = kind.capture(&seen, self)?;
+        let entry = kind.capture(seen, self)?;
         let r#type = entry.r#type();
-        debug!(pid = pid.as_raw(), fd = d.fd, id = d.description, "{} {}", r#type.as_str_name(), seen.link_text());
+        let Seen { pid, fd, id, .. } = seen;
+        debug!(pid = pid.as_raw(), fd, id, "{} {}", r#type.as_str_name(), seen.link_text());
         self.files.push(entry);
         Ok(r#type)
     }

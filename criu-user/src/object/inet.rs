@@ -45,6 +45,38 @@ pub(super) fn is_connection(entry: &InetSkEntry) -> bool {
     is_tcp(entry) && ![state::LISTEN, state::CLOSE].contains(&entry.state)
 }
 
+/// What an internet socket itself tells: that takes some fifty calls, and nothing else need be known for it.
+#[derive(Debug, Clone)]
+pub struct Facts {
+    entry: InetSkEntry,
+    /// Of TCP.
+    tcp: capture::Facts,
+}
+
+impl Facts {
+    /// Asks it.
+    pub(super) fn read(seen: &Seen) -> Result<Self, ObjectError> {
+        let number = |name| socket::number(&seen.file, libc::SOL_SOCKET, name);
+        let family = seen.family();
+        let mut entry = InetSkEntry {
+            id: seen.id,
+            ino: seen.stat.st_ino as u32,
+            family: family.unwrap_or(libc::AF_UNSPEC) as u32,
+            r#type: number(libc::SO_TYPE)? as u32,
+            proto: number(libc::SO_PROTOCOL)? as u32,
+            state: state::CLOSE,
+            flags: seen.flags,
+            fown: seen.fown()?,
+            opts: sockopt::capture_of(&seen.file, family)?,
+            ip_opts: Some(fresh::ip_options(&seen.file, family == Some(libc::AF_INET6))?),
+            ..InetSkEntry::default()
+        };
+        addresses(&seen.file, &mut entry)?;
+        let tcp = if is_tcp(&entry) { capture::Facts::read(&seen.file, &entry)? } else { capture::Facts::default() };
+        Ok(Self { entry, tcp })
+    }
+}
+
 impl FileKind for Inet {
     fn types(&self) -> &'static [FdTypes] {
         &[FdTypes::Inetsk]
@@ -55,23 +87,10 @@ impl FileKind for Inet {
     }
 
     fn capture(&self, seen: &Seen, cx: &mut Capture<'_>) -> Result<FileEntry, ObjectError> {
-        let number = |name| socket::number(&seen.file, libc::SOL_SOCKET, name);
-        let mut entry = InetSkEntry {
-            id: seen.id,
-            ino: seen.stat.st_ino as u32,
-            family: number(libc::SO_DOMAIN)? as u32,
-            r#type: number(libc::SO_TYPE)? as u32,
-            proto: number(libc::SO_PROTOCOL)? as u32,
-            state: state::CLOSE,
-            flags: seen.flags,
-            fown: seen.fown()?,
-            opts: sockopt::capture(&seen.file)?,
-            ip_opts: Some(fresh::ip_options(&seen.file, seen.family() == Some(libc::AF_INET6))?),
-            ..InetSkEntry::default()
-        };
-        addresses(&seen.file, &mut entry)?;
+        let Facts { entry, tcp } = seen.inet()?;
+        let mut entry = entry.clone();
         match entry.r#type as i32 {
-            libc::SOCK_STREAM if is_tcp(&entry) => capture::capture(seen, cx, &mut entry)?,
+            libc::SOCK_STREAM if is_tcp(&entry) => capture::capture(seen, cx, &mut entry, tcp)?,
             libc::SOCK_DGRAM if is_udp(&entry) => {
                 udp::capture(seen, cx, &entry)?;
                 entry.udp_opts = Some(udp::options(&seen.file, entry.proto)?);

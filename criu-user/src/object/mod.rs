@@ -30,6 +30,7 @@ pub mod raw;
 pub mod regfile;
 pub mod registers;
 pub mod seccomp;
+pub mod seen;
 pub mod shmem;
 pub mod signalfd;
 pub mod signals;

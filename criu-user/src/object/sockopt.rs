@@ -2,6 +2,7 @@
 
 use std::cell::OnceCell;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::ObjectError;
 use crate::image::proto::{SkOptsEntry, SkShutdown};
@@ -45,9 +46,19 @@ const NUMBERS: [Number; 4] = [
     (libc::SO_OOBINLINE, |o| &mut o.so_oobinline),
 ];
 
+/// Which of [`SWITCHES`] internet sockets of this kernel do not have, a bit each, as it has said once.
+static NOT_OF_INTERNET: AtomicU32 = AtomicU32::new(0);
+
 /// Reads the options of a socket.
 pub fn capture(fd: impl AsFd) -> Result<SkOptsEntry, ObjectError> {
+    capture_of(fd, None)
+}
+
+/// The same of a socket of a family, whose options need not be looked for in vain more than once.
+pub fn capture_of(fd: impl AsFd, family: Option<i32>) -> Result<SkOptsEntry, ObjectError> {
     let fd = fd.as_fd();
+    let internet = family.is_some_and(|family| [libc::AF_INET, libc::AF_INET6].contains(&family));
+    let absent = if internet { NOT_OF_INTERNET.load(Ordering::Relaxed) } else { 0 };
     let mut opts = SkOptsEntry {
         so_sndbuf: number(fd, SOL, libc::SO_SNDBUF)? as u32,
         so_rcvbuf: number(fd, SOL, libc::SO_RCVBUF)? as u32,
@@ -59,8 +70,12 @@ pub fn capture(fd: impl AsFd) -> Result<SkOptsEntry, ObjectError> {
     };
     (opts.so_snd_tmo_sec, opts.so_snd_tmo_usec) = two_words(&option(fd, SOL, libc::SO_SNDTIMEO, 16)?);
     (opts.so_rcv_tmo_sec, opts.so_rcv_tmo_usec) = two_words(&option(fd, SOL, libc::SO_RCVTIMEO, 16)?);
-    for (name, field) in SWITCHES {
-        *field(&mut opts) = where_there(number(fd, SOL, name))?.map(|v| v != 0);
+    for (n, (name, field)) in SWITCHES.into_iter().enumerate().filter(|(n, _)| absent >> n & 1 == 0) {
+        let found = where_there(number(fd, SOL, name))?;
+        if internet && found.is_none() {
+            NOT_OF_INTERNET.fetch_or(1 << n, Ordering::Relaxed);
+        }
+        *field(&mut opts) = found.map(|v| v != 0);
     }
     for (name, field) in NUMBERS {
         *field(&mut opts) = where_there(number(fd, SOL, name))?.map(|v| v as u32);

@@ -151,8 +151,7 @@ impl Work<'_, '_, '_> {
             return Ok(());
         }
         let copy = &mut self.copy;
-        let inside =
-            self.by_itself && vma.flags.contains(VmFlags::READ) && !copy.guest.stands_in(vma.start, vma.end);
+        let inside = self.by_itself && vma.flags.contains(VmFlags::READ) && !copy.guest.stands_in(vma.start, vma.end);
         let mut outcome = Ok(());
         let mut part = |part: Region, place: Place| {
             if inside || place == Place::Parent {

@@ -1,12 +1,16 @@
 //! TCP sockets at the dump: what they are, and whether they can be carried over.
 
+use std::cell::OnceCell;
+use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::errno::Errno;
 use nix::poll::PollFlags;
 
 use super::{Ends, Hold, options};
-use crate::image::proto::InetSkEntry;
-use crate::kernel::inet_diag::{self, TcpSocket};
+use crate::image::proto::{InetSkEntry, TcpOptsEntry};
+use crate::kernel::inet_diag::{self, Asker, TcpSocket};
 use crate::kernel::tcp::{self, Info};
 use crate::kernel::{fd, socket};
 use crate::object::ObjectError;
@@ -19,9 +23,9 @@ const SYN_SENT: u32 = 2;
 /// TCP_AO_INFO: there is one only where packets are signed as RFC 5925 says.
 const TCP_AO_INFO: i32 = 40;
 
-/// What sock_diag says, asked when the first connection is met.
+/// What sock_diag says of all connections, asked when one was not found by its ends.
 #[derive(Debug, Default)]
-struct Diag(Option<std::collections::HashMap<u32, TcpSocket>>);
+struct Diag(Option<HashMap<u32, TcpSocket>>);
 
 impl Diag {
     fn of(&mut self, ino: u32) -> Result<Option<TcpSocket>, ObjectError> {
@@ -39,18 +43,55 @@ impl Diag {
     }
 }
 
+/// What only a TCP socket tells.
+#[derive(Debug, Clone, Default)]
+pub struct Facts {
+    info: Info,
+    opts: TcpOptsEntry,
+    /// What sock_diag says of a connection, where it finds it by its ends.
+    diag: Option<TcpSocket>,
+}
+
+impl Facts {
+    /// Asks it, a socket with these addresses.
+    pub fn read(file: &OwnedFd, entry: &InetSkEntry) -> Result<Self, ObjectError> {
+        let info = tcp::info(file)?;
+        let state = u32::from(info.state);
+        let diag = match [state::LISTEN, state::CLOSE, SYN_SENT].contains(&state) {
+            true => None,
+            false => found(entry)?,
+        };
+        Ok(Self { info, opts: options::capture(file)?, diag })
+    }
+}
+
+fn found(entry: &InetSkEntry) -> Result<Option<TcpSocket>, ObjectError> {
+    thread_local! {
+        static ASKER: OnceCell<Asker> = const { OnceCell::new() };
+    }
+    let Ends { local, remote } = Ends::of(entry, 0);
+    let ask = |asker: &Asker| asker.find(local, remote);
+    let answer = ASKER.with(|known| match known.get() {
+        Some(asker) => ask(asker),
+        None => {
+            let asker = Asker::new()?;
+            ask(known.get_or_init(|| asker))
+        }
+    })?;
+    Ok(answer.filter(|(ino, _)| *ino == entry.ino).map(|(_, socket)| socket))
+}
+
 /// The state of a TCP socket, from TCP_INFO: it is right where sock_diag(7) does not list a socket at all.
-pub fn capture(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry) -> Result<(), ObjectError> {
-    let info = tcp::info(&seen.file)?;
+pub fn capture(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry, facts: &Facts) -> Result<(), ObjectError> {
+    let Facts { info, opts, diag } = facts.clone();
     entry.state = info.state.into();
-    let opts = options::capture(&seen.file)?;
     (entry.opts.tcp_keepcnt, entry.opts.tcp_keepidle, entry.opts.tcp_keepintvl) =
         (opts.keepcnt, opts.keepidle, opts.keepintvl);
     entry.tcp_opts = Some(opts);
     if entry.state == state::LISTEN {
         listening(seen, cx, entry, &info)?;
     } else if !cx.options.tcp_close && is_connection(entry) {
-        connection(seen, cx, entry)?;
+        connection(seen, cx, entry, diag)?;
     } else if cx.options.tcp_established && closed_was_connected(&seen.file, &info)? {
         cx.shelf.get::<Hold>().add(seen, entry)?;
     } else if entry.state == state::CLOSE && entry.src_port != 0 && cx.shelf.get::<Diag>().has_lost_port(entry.ino)? {
@@ -80,8 +121,16 @@ pub fn closed_was_connected(file: &OwnedFd, info: &Info) -> Result<bool, ObjectE
 }
 
 /// A connection is held to be read when all are known, or refused.
-fn connection(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry) -> Result<(), ObjectError> {
-    let diag = cx.shelf.get::<Diag>().of(entry.ino)?;
+fn connection(
+    seen: &Seen,
+    cx: &mut Capture<'_>,
+    entry: &mut InetSkEntry,
+    diag: Option<TcpSocket>,
+) -> Result<(), ObjectError> {
+    let diag = match diag {
+        None => cx.shelf.get::<Diag>().of(entry.ino)?,
+        known => known,
+    };
     // getpeername(2) knows no peer that has not answered.
     if let Some(socket) = diag.filter(|_| entry.state == SYN_SENT) {
         (entry.dst_addr, entry.dst_port) = split_end(socket.remote);
@@ -107,6 +156,21 @@ fn connection(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry) -> Res
     Ok(())
 }
 
+/// Whether packets are signed (TCP-AO). A kernel that does not know of that has to say so only once.
+fn is_signed(file: &OwnedFd) -> bool {
+    static UNKNOWN: AtomicBool = AtomicBool::new(false);
+    if UNKNOWN.load(Ordering::Relaxed) {
+        return false;
+    }
+    match socket::option(file, libc::SOL_TCP, TCP_AO_INFO, 256) {
+        Ok(_) => true,
+        Err(err) => {
+            UNKNOWN.fetch_or(err.errno == Errno::ENOPROTOOPT, Ordering::Relaxed);
+            false
+        }
+    }
+}
+
 /// What of a connection the kernel does not let go.
 pub fn unsupported(
     file: &OwnedFd,
@@ -124,7 +188,7 @@ pub fn unsupported(
     if diag.is_some_and(|socket| socket.signed) {
         return Ok(Some("has its packets signed (TCP MD5), and the kernel keeps the keys to itself"));
     }
-    if socket::option(file, libc::SOL_TCP, TCP_AO_INFO, 256).is_ok() {
+    if is_signed(file) {
         return Ok(Some("has its packets signed (TCP-AO), and the kernel keeps the keys to itself"));
     }
     if diag.is_some_and(|socket| socket.has_upper_layer) {

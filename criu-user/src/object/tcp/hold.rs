@@ -8,6 +8,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use criu_common::gate;
@@ -23,12 +24,13 @@ use crate::dump::DumpOptions;
 use crate::freeze::Frozen;
 use crate::image::proto::{InetSkEntry, InventoryEntry, TcpStreamEntry};
 use crate::image::{ImageDir, ImageKind};
-use crate::kernel::apart;
 use crate::kernel::gate::Gate;
 use crate::kernel::sched::be_urgent;
 use crate::kernel::tcp::{Repair, set_repair};
+use crate::kernel::{SysResult, apart};
 use crate::object::ObjectError;
 use crate::object::file::{Capture, Seen};
+use crate::parallel;
 
 /// CRIU's number of a dump without a lock that it would have to take away.
 const CRIU_LOCK_SKIP: u32 = 2;
@@ -45,7 +47,7 @@ struct Socket {
     /// Whose it is.
     pid: i32,
     fd: i32,
-    file: OwnedFd,
+    file: Arc<OwnedFd>,
     ends: Ends,
     /// Its SO_REUSEADDR.
     reuse: bool,
@@ -83,7 +85,7 @@ impl Hold {
 
     /// Adds a connection.
     pub fn add(&mut self, seen: &Seen, entry: &InetSkEntry) -> Result<(), ObjectError> {
-        let file = crate::kernel::fd::duplicate_above(&seen.file, 3)?;
+        let file = Arc::clone(&seen.file);
         let (pid, ends, reuse) = (seen.pid.as_raw(), Ends::of(entry, 0), entry.opts.reuseaddr());
         self.sockets.push(Socket { id: seen.id, ino: entry.ino, pid, fd: seen.fd, file, ends, reuse });
         Ok(())
@@ -111,16 +113,7 @@ impl Hold {
                 self.sockets.iter().map(|socket| socket.ends.key()).chain(self.listeners.clone()).collect();
             gate.lock(&keys).map_err(LockError::from)?;
         }
-        let engine = Pid::this();
-        let told = apart::run(|| {
-            // Whoever is in repair mode is not to be interrupted by the program, if that runs on because we die.
-            be_urgent();
-            let (mut out, mut room) = (Vec::new(), vec![1; ROOM]);
-            for socket in self.sockets.iter().take_while(|_| Pid::parent() == engine) {
-                tell(read_with(&socket.file, socket.reuse, &mut room), &mut out);
-            }
-            Ok(out)
-        })?;
+        let told = parallel::share(&self.sockets, read_apart).into_iter().collect::<SysResult<Vec<_>>>()?.concat();
         let mut told = told.as_slice();
         let mut states = HashMap::new();
         for socket in &self.sockets {
@@ -195,6 +188,23 @@ impl Hold {
             }
         }
     }
+}
+
+/// Reads connections in a process that nobody kills, and gives what [`listen`] understands.
+fn read_apart(sockets: &[Socket]) -> SysResult<Vec<u8>> {
+    /// So many are read, a quarter of a millisecond, before anybody asks whether it is still wanted.
+    const SOME: usize = 16;
+    let engine = Pid::this();
+    apart::run(|| {
+        // Whoever is in repair mode is not to be interrupted by the program, if that runs on because we die.
+        be_urgent();
+        let (mut out, mut room) = (Vec::new(), vec![1; ROOM]);
+        let lives = |n: &usize| !n.is_multiple_of(SOME) || Pid::parent() == engine;
+        for (_, socket) in sockets.iter().enumerate().take_while(|(n, _)| lives(n)) {
+            tell(read_with(&socket.file, socket.reuse, &mut room), &mut out);
+        }
+        Ok(out)
+    })
 }
 
 /// What was read of a connection, as bytes for the engine: whether that went well, the length, and the connection or the

@@ -36,6 +36,12 @@ pub enum TcpError {
         /// What was there.
         found: usize,
     },
+    /// The queues grew while room was made for them.
+    #[error("the queues hold {needed} bytes, more and more: packets came through; is the network locked?")]
+    Long {
+        /// Bytes.
+        needed: usize,
+    },
     /// Lengths that contradict each other.
     #[error("{unsent} bytes are unsent, but only {written} were written")]
     Lengths {
@@ -67,6 +73,9 @@ pub struct Connection {
     pub data: Vec<u8>,
 }
 
+/// Room beside what queues are said to hold.
+const MORE: usize = 64 << 10;
+
 /// How often a queue is read again that has changed meanwhile: an acknowledgement may have been on its way already.
 const ATTEMPTS: u32 = 5;
 
@@ -80,18 +89,12 @@ pub fn read(socket: impl AsFd) -> Result<Connection, TcpError> {
 /// `room` serves all of them.
 pub fn read_with(socket: impl AsFd, reuse: bool, room: &mut Vec<u8>) -> Result<Connection, TcpError> {
     let fd = socket.as_fd();
-    // Memory that is there already: what is first written to is looked for by the kernel, and that takes its time.
-    let expected = tcp::queued(fd)? as usize + 2;
-    room.resize(expected.max(room.len()), 1);
-    tcp::set_repair(fd, Repair::On)?;
-    let mut outcome = read_once(fd, room);
-    for _ in 1..ATTEMPTS {
-        if !matches!(outcome, Err(TcpError::Moved { .. })) {
-            break;
-        }
-        outcome = read_once(fd, room);
+    let mut outcome = read_in_repair(fd, room)?;
+    if let Err(TcpError::Long { needed }) = outcome {
+        // Not in repair mode: memory that is first written to is looked for by the kernel, and that takes its time.
+        room.resize(needed, 1);
+        outcome = read_in_repair(fd, room)?;
     }
-    tcp::set_repair(fd, Repair::Off)?;
     if reuse {
         socket::set_number(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
     }
@@ -101,7 +104,21 @@ pub fn read_with(socket: impl AsFd, reuse: bool, room: &mut Vec<u8>) -> Result<C
     Ok(connection)
 }
 
-fn read_once(fd: BorrowedFd<'_>, room: &mut Vec<u8>) -> Result<Connection, TcpError> {
+/// An error of its own is one that leaves the socket in repair mode.
+fn read_in_repair(fd: BorrowedFd<'_>, room: &mut [u8]) -> Result<Result<Connection, TcpError>, TcpError> {
+    tcp::set_repair(fd, Repair::On)?;
+    let mut outcome = read_once(fd, room);
+    for _ in 1..ATTEMPTS {
+        if !matches!(outcome, Err(TcpError::Moved { .. })) {
+            break;
+        }
+        outcome = read_once(fd, room);
+    }
+    tcp::set_repair(fd, Repair::Off)?;
+    Ok(outcome)
+}
+
+fn read_once(fd: BorrowedFd<'_>, room: &mut [u8]) -> Result<Connection, TcpError> {
     let info = tcp::info(fd)?;
     let state = State::of_number(info.state.into()).ok_or(TcpError::State { number: info.state })?;
     let Lengths { received, unacknowledged, unsent } = state.data(tcp::lengths(fd)?);
@@ -132,7 +149,10 @@ fn read_once(fd: BorrowedFd<'_>, room: &mut Vec<u8>) -> Result<Connection, TcpEr
     stream.rcv_wnd = Some(window.rcv_wnd);
     stream.rcv_wup = Some(window.rcv_wup);
     let total = (received + unacknowledged) as usize;
-    room.resize((total + 2).max(room.len()), 1);
+    // Packets are held: there will hardly be more the next time.
+    if total + 2 > room.len() {
+        return Err(TcpError::Long { needed: total + MORE });
+    }
     // One more than the queue is said to hold: the send queue overwrites that.
     queue(fd, Queue::Receive, received, room)?;
     queue(fd, Queue::Send, unacknowledged, &mut room[received as usize..])?;

@@ -1,0 +1,174 @@
+//! What is seen of open file descriptions: read by several threads at once, and by the kinds of file afterwards.
+
+use std::cell::OnceCell;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use nix::sys::stat::{FileStat, SFlag};
+use nix::unistd::Pid;
+
+use super::file::FileKind;
+use super::inet::{Facts, Inet};
+use super::{ObjectError, Refusal};
+use crate::image::proto::FownEntry;
+use crate::kernel::proc::KeyValues;
+use crate::kernel::survey::Descriptor;
+use crate::kernel::{self, error::During, pidfd::PidFd, proc};
+
+/// A description as it was found.
+#[derive(Debug)]
+pub struct Seen {
+    /// Its id in files.img.
+    pub id: u32,
+    /// The process whose table it was first seen in.
+    pub pid: Pid,
+    /// Its number there.
+    pub fd: i32,
+    /// A duplicate of ours: the same description. Whatever is changed through it is changed for the target.
+    pub file: Arc<OwnedFd>,
+    /// stat(2) of it.
+    pub stat: FileStat,
+    /// Where /proc/PID/fd/N points.
+    pub link: PathBuf,
+    /// /proc/PID/fdinfo/N.
+    pub info: KeyValues,
+    /// Open flags and status flags, without O_CLOEXEC.
+    pub flags: u32,
+    /// Its position.
+    pub pos: u64,
+    /// The family, if it is a socket; asked once.
+    family: OnceCell<Option<i32>>,
+    /// What is known of an internet socket; asked once.
+    inet: OnceCell<Facts>,
+}
+
+impl Seen {
+    /// Looks at a description through one of its descriptors.
+    pub(super) fn look(
+        pid: Pid,
+        d: &Descriptor,
+        file: OwnedFd,
+        info: KeyValues,
+        flags: u32,
+    ) -> Result<Self, ObjectError> {
+        let stat = nix::sys::stat::fstat(&file).during("fstat", format!("pid {pid}, fd {}", d.fd))?;
+        // Sockets all look alike there, and have no path.
+        let link = match SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) {
+            SFlag::S_IFSOCK => format!("socket:[{}]", stat.st_ino).into(),
+            _ => proc::link(&format!("/proc/{pid}/fd/{}", d.fd))?,
+        };
+        let pos = info.number("pos", 10)?;
+        let (family, inet) = Default::default();
+        let file = Arc::new(file);
+        Ok(Self { id: d.description, pid, fd: d.fd, file, stat, link, info, flags, pos, family, inet })
+    }
+
+    /// What is known of it as an internet socket.
+    pub fn inet(&self) -> Result<&Facts, ObjectError> {
+        match self.inet.get() {
+            Some(known) => Ok(known),
+            None => {
+                let facts = Facts::read(self)?;
+                Ok(self.inet.get_or_init(|| facts))
+            }
+        }
+    }
+
+    /// The file type bits.
+    pub fn file_type(&self) -> SFlag {
+        SFlag::from_bits_truncate(self.stat.st_mode & SFlag::S_IFMT.bits())
+    }
+
+    /// The family, if it is a socket.
+    pub fn family(&self) -> Option<i32> {
+        let is_socket = self.file_type() == SFlag::S_IFSOCK;
+        *self.family.get_or_init(|| is_socket.then(|| super::sockopt::family(&self.file)).flatten())
+    }
+
+    /// The link's text; kinds without a path have names such as `anon_inode:[eventfd]`.
+    pub fn link_text(&self) -> std::borrow::Cow<'_, str> {
+        self.link.to_string_lossy()
+    }
+
+    /// Whether it is an anonymous inode of this name.
+    pub fn is_anon(&self, name: &str) -> bool {
+        self.link_text().strip_prefix("anon_inode:").is_some_and(|n| n.trim_matches(['[', ']']) == name)
+    }
+
+    /// Who gets its signals.
+    pub fn fown(&self) -> Result<FownEntry, ObjectError> {
+        // O_PATH handles have no owner, and fcntl(2) refuses to say so.
+        if self.flags & libc::O_PATH as u32 != 0 {
+            return Ok(FownEntry::default());
+        }
+        let owner = kernel::fd::owner(&self.file)?;
+        Ok(FownEntry {
+            uid: owner.uids[0],
+            euid: owner.uids[1],
+            signum: owner.signal as u32,
+            // The image has the kernel's own numbering: PIDTYPE_PID + 1 …, see [`owner_kind`].
+            pid_type: pid_type(owner.kind),
+            pid: owner.id as u32,
+        })
+    }
+
+    /// A refusal of it.
+    pub fn refuse(&self, what: impl Into<String>, advice: impl Into<String>) -> Refusal {
+        Refusal { pid: self.pid.as_raw(), fd: Some(self.fd), what: what.into(), advice: advice.into() }
+    }
+}
+
+/// Descriptors whose descriptions we hold at a time.
+pub(super) const AT_ONCE: usize = 1024;
+
+/// Descriptors that a table has room for as it is made (NR_OPEN_DEFAULT of include/linux/fdtable.h).
+const FEW: usize = 64;
+
+/// Makes room for the descriptors that we hold in the dump of these processes: for a connection, until it is over.
+pub fn make_room(tree: &[Pid]) {
+    let all: usize = tree.iter().map(|&pid| proc::count_descriptors(pid)).sum();
+    // A tree with few needs no more than there is.
+    if all > FEW {
+        kernel::fd::make_room(i32::try_from(all + 2 * AT_ONCE).unwrap_or(i32::MAX));
+    }
+}
+
+/// A descriptor to be looked at.
+pub(super) struct Glance<'g> {
+    pub pid: Pid,
+    pub pidfd: &'g PidFd,
+    pub d: &'g Descriptor,
+    /// Whether nobody has looked at its description yet.
+    pub is_first: bool,
+}
+
+/// What there is to be seen.
+pub(super) enum Looked {
+    /// The description, and the flags of the descriptor.
+    Anew(Box<Seen>, u32),
+    /// /proc/PID/fdinfo/N of one more descriptor.
+    Again(KeyValues),
+}
+
+impl Glance<'_> {
+    /// Reads all that the dump need not be known for: several threads do so at once.
+    pub fn look(&self) -> Result<Looked, ObjectError> {
+        let &Self { pid, pidfd, d, is_first } = self;
+        let info = KeyValues::fdinfo(pid, d.fd)?;
+        if !is_first {
+            return Ok(Looked::Again(info));
+        }
+        let flags = info.number("flags", 8)? as u32;
+        let seen = Seen::look(pid, d, pidfd.get(d.fd)?, info, flags & !(libc::O_CLOEXEC as u32))?;
+        if Inet.is(&seen) {
+            seen.inet()?;
+        }
+        Ok(Looked::Anew(Box::new(seen), flags))
+    }
+}
+
+/// F_OWNER_TID, F_OWNER_PID and F_OWNER_PGRP as the image writes them, which is as fcntl(2) does.
+fn pid_type(kind: i32) -> u32 {
+    kind as u32
+}
