@@ -181,13 +181,14 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
     let tree = proc::tree(options.pid);
     // A copy may need as much again as it writes.
     let crowded = Crowded::look(&tree, if options.live { 2 } else { 1 });
-    let prepared = if options.live || options.release == Release::Kill && history.is_empty() {
+    let mut prepared = if options.live || options.release == Release::Kill && history.is_empty() {
         Prepared::default()
     } else {
         Prepared::make(&dir, &tree, &history)
     };
     seen::make_room(&tree);
     surveyor.read_ahead(options.pid);
+    prepared.give_back();
     let frozen = freeze::freeze(options.pid, options.timeout, options.freeze_cgroup.as_deref())?;
     let (processes, threads) = (frozen.processes.len(), frozen.processes.iter().map(|p| p.threads.len()).sum());
     info!(processes, threads, took = ?frozen.took, "the tree stands still");

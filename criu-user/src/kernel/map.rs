@@ -217,6 +217,40 @@ impl Drop for SourceMap {
     }
 }
 
+/// Memory of our own that nobody needs: it is taken so that the machine has it. When it is given back, whoever takes memory next
+/// gets this, and need not wait for it (a virtual machine may have to ask its host for what was free for long).
+#[derive(Debug)]
+pub struct Reserve {
+    base: *mut libc::c_void,
+    len: usize,
+}
+
+impl Reserve {
+    /// Takes `len` bytes; nothing where there are none to be had, or before Linux 5.14.
+    pub fn take(len: usize) -> Option<Self> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+        if base == libc::MAP_FAILED {
+            return None;
+        }
+        let reserve = Self { base, len };
+        // SAFETY: our own mapping, which holds nothing. Large pages are there sooner; without them it takes longer.
+        let taken = unsafe {
+            libc::madvise(base, len, libc::MADV_HUGEPAGE);
+            libc::madvise(base, len, libc::MADV_POPULATE_WRITE)
+        };
+        (taken == 0).then_some(reserve)
+    }
+}
+
+impl Drop for Reserve {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, of this length, of which nothing is borrowed.
+        unsafe { libc::munmap(self.base, self.len) };
+    }
+}
+
 /// A file of anonymous shared memory, as MAP_SHARED|MAP_ANONYMOUS makes it, to be mapped by others.
 ///
 /// Only the mapping makes such a file; `/proc/self/map_files` (CAP_CHECKPOINT_RESTORE) opens it.

@@ -21,15 +21,23 @@ use super::dump::estimate;
 use super::history::History;
 use crate::image::ImageDir;
 use crate::kernel::headroom;
+use crate::kernel::map::Reserve;
 use crate::kernel::survey::PAGE;
 
 /// Of the memory that is left, the part that may be filled: less than the kernel lets wait before it begins to write to
 /// the disk (`vm.dirty_background_ratio`), so that no zeros get there.
 const SHARE: u64 = 12;
 
+/// Of the memory that is left, the part that may be taken besides, to be given back before the tree stands still.
+const RESERVE: u64 = 3;
+
 /// Files for the pages of processes.
 #[derive(Debug, Default)]
-pub struct Prepared(HashMap<Pid, File>);
+pub struct Prepared {
+    files: HashMap<Pid, File>,
+    /// For the pages that have no room yet: the kernel finds them sooner in what was given back a moment ago.
+    reserve: Option<Reserve>,
+}
 
 impl Prepared {
     /// Makes them for these processes, for what the parent does not have. What cannot be made is left out: it is made in the
@@ -38,15 +46,18 @@ impl Prepared {
         /// Pages that a program writes until it stands still, besides a tenth of what it has written since its parent.
         const MORE: u64 = 256;
         let begin = Instant::now();
-        let mut room = headroom::of(Pid::this()).map_or(0, |left| left.bytes / SHARE).min(free_on_disk(dir) / 2);
-        let mut files = HashMap::new();
+        let left = headroom::of(Pid::this()).map_or(0, |left| left.bytes);
+        let mut room = (left / SHARE).min(free_on_disk(dir) / 2);
+        let (mut files, mut lacking) = (HashMap::new(), 0);
         for &pid in processes {
             let all = estimate(pid);
             let bytes = match history.pages_of(pid) {
                 0 => all,
                 clean => (all.saturating_sub(clean * PAGE) / 10 * 11 / PAGE + MORE) * PAGE,
             };
-            let bytes = bytes.min(all).min(room);
+            let wanted = bytes.min(all);
+            let bytes = wanted.min(room);
+            lacking += wanted - bytes;
             if bytes == 0 {
                 continue;
             }
@@ -56,13 +67,20 @@ impl Prepared {
             };
             room -= bytes;
         }
-        debug!(files = files.len(), took = ?begin.elapsed(), "room for pages is made");
-        Self(files)
+        let reserve = lacking.min(left / RESERVE) as usize;
+        let reserve = if reserve == 0 { None } else { Reserve::take(reserve) };
+        debug!(files = files.len(), lacking, took = ?begin.elapsed(), "room for pages is made");
+        Self { files, reserve }
+    }
+
+    /// Gives back what is to be found again in the freeze.
+    pub fn give_back(&mut self) {
+        self.reserve = None;
     }
 
     /// That of one process.
     pub fn take(&mut self, pid: Pid) -> Option<File> {
-        self.0.remove(&pid)
+        self.files.remove(&pid)
     }
 }
 
