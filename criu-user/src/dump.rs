@@ -11,7 +11,7 @@ use tracing::{debug, info, warn};
 use crate::agent::{Aside, Beside, Guest, alone};
 use crate::freeze::{self, FreezeError, Frozen, FrozenProcess, Release};
 use crate::image::proto::{DumpStatsEntry, InventoryEntry, StatsEntry, TaskKobjIdsEntry};
-use crate::image::{ImageDir, ImageError, ImageKind};
+use crate::image::{ImageDir, ImageError, ImageKind, Lasting};
 use crate::kernel::pidfd::PidFd;
 use crate::kernel::proc::{self, Shown};
 use crate::kernel::survey::{PAGE, Vma};
@@ -82,6 +82,17 @@ pub struct DumpOptions {
     pub freeze_cgroup: Option<PathBuf>,
     /// What the images build on.
     pub tracking: Tracking,
+    /// Whether the images of a tree that is killed are brought to disk before that.
+    pub sync: bool,
+}
+
+impl DumpOptions {
+    /// How far the images come before they are a dump. A tree that is to be killed stands still meanwhile (see decision 012);
+    /// files that were made beforehand are as long as they should be before they hold what they should.
+    fn lasting(&self) -> Lasting {
+        let stands = self.release == Release::Kill && self.tracking.prev_images_dir.is_none();
+        if stands && !self.sync { Lasting::Written } else { Lasting::OnDisk }
+    }
 }
 
 /// Why a dump failed. The tree goes on as if nothing had happened.
@@ -272,8 +283,8 @@ fn release(
     let commit = |hold: &Hold| -> Result<(), DumpError> {
         let begin = Instant::now();
         hold.write(dir)?;
-        dir.commit(&inventory)?;
-        info!(took = ?begin.elapsed(), "images are on disk");
+        dir.commit(&inventory, options.lasting())?;
+        info!(took = ?begin.elapsed(), "images are complete");
         Ok(())
     };
     let complete = |hold: &Hold| -> Result<(), DumpError> {

@@ -13,7 +13,7 @@ use tracing::{debug, info, warn};
 
 use crate::dump::{micros, rate};
 use crate::image::proto::{DumpStatsEntry, InventoryEntry, StatsEntry};
-use crate::image::{ImageDir, ImageError, ImageKind, PageRange, PagesWriter};
+use crate::image::{ImageDir, ImageError, ImageKind, Lasting, PageRange, PagesWriter};
 use crate::kernel::mem::ProcessMemory;
 use crate::kernel::pagemap::{PageKind, PageMap, Region};
 use crate::kernel::proc::Shown;
@@ -120,7 +120,7 @@ pub fn pre_dump(options: &PreDumpOptions, observer: &dyn Observer) -> Result<Pre
     }
     let mut inventory = InventoryEntry { pre_dump: Some(true), fdinfo_per_id: Some(true), ..InventoryEntry::default() };
     lineage.describe(&mut inventory);
-    dir.commit(&inventory)?;
+    dir.commit(&inventory, Lasting::OnDisk)?;
     let frozen = lineage.stopped;
     lineage.commit()?;
     let total = begin.elapsed();

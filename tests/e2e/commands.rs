@@ -60,6 +60,22 @@ rows! {
         program.finish();
     };
 
+    /// `--sync`: nothing of the images is still waiting for its place on the disk.
+    synced => |row| {
+        let row = row.with(Options::dump(&["--sync"]));
+        let mut program = Workload::new("bench.c", "memory").arg("16").start();
+        let tree = program.tree();
+        let images = row.next_images(&program);
+        row.dumper.dump(&program, &images, &row.options).expect_success();
+        let places = Command::new("filefrag").arg("-v").arg(images.join("pages-1.img")).output().expect("filefrag");
+        let places = String::from_utf8_lossy(&places.stdout).into_owned();
+        assert!(places.contains("pages-1.img") && !places.contains("delalloc"), "{places}");
+        program.expect_gone(&tree);
+        row.restore(&program, &images);
+        program.next();
+        program.finish();
+    };
+
     /// A restore while the pids are in use is refused, names the reason, and harms nobody.
     pid_in_use => |row| {
         let mut program = counter().start();

@@ -40,6 +40,7 @@ const FOR_LINT: &[(&str, &str)] = &[
 const FOR_TESTS: &[(&str, &str)] = &[
     ("bpftool", "tests look for eBPF objects left over"),
     ("criu", "its `crit` decodes our images"),
+    ("e2fsprogs", "its `filefrag` tells what of an image is on disk"),
     ("iproute2", "tests look at sockets and make namespaces"),
     ("nginx-light", "a program that is dumped"),
     ("nodejs", "a program that is dumped"),

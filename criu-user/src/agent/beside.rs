@@ -46,21 +46,18 @@ pub(super) struct Place {
 }
 
 impl Beside {
-    /// Stays here; `None` where that is not allowed, or makes no difference.
+    /// Stays here; `None` where that is not allowed.
     pub fn stay() -> Option<Self> {
-        let found = sched::affinity(Pid::this()).ok()?;
-        if found.count() < 2 {
-            return None;
-        }
         let online = Processors::online()?;
-        let own = found.lasting(Pid::this(), &online);
+        let own = sched::affinity(Pid::this()).ok()?.lasting(Pid::this(), &online);
         let here = sched::current_processor()?;
         sched::set_affinity(Pid::from_raw(0), &Processors::one(here)).ok()?;
         *EVERYWHERE.lock().unwrap_or_else(PoisonError::into_inner) = Some(own.clone());
         Some(Self { own, online, here: Cell::new(here) })
     }
 
-    /// The place for a thread with these processors. The engine goes to one of these, if it is elsewhere.
+    /// The place for a thread that was found with these processors; `None` if it stays where it is. The engine goes to one of
+    /// them, if it is elsewhere.
     pub(super) fn place(&self, tid: Pid, found: &Processors) -> Option<Place> {
         let home = found.lasting(tid, &self.online);
         if found.count() < 2 || home.bytes().len() > PROCESSORS {

@@ -101,6 +101,10 @@ pub(super) struct DumpArgs {
     /// Stop the tree by the freezer of this control group (its directory), of which the tree must be a part
     #[arg(long, value_name = "DIR")]
     freeze_cgroup: Option<PathBuf>,
+    /// Bring the images to disk before the tree is killed, so that they outlast a crash of the machine; it stands still for
+    /// that. Images of trees that run on, or that build on others, are brought to disk in any case
+    #[arg(long)]
+    sync: bool,
     #[command(flatten)]
     tracking: TrackingArgs,
     #[command(flatten)]
@@ -264,6 +268,7 @@ pub(super) fn run(args: DumpArgs) -> Outcome {
         link_remap: args.link_remap,
         ghost_limit: args.ghost_limit,
         tracking: args.tracking.wanted(false),
+        sync: args.sync,
     };
     args.moment.await_it(&mut options, &watcher).inspect_err(|_| watcher.give_up())?;
     let result = dump::dump(&options, &watcher);

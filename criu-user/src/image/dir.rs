@@ -2,8 +2,8 @@
 //!
 //! Only one engine writes to it (it holds an exclusive flock(2) on the directory; readers hold a shared one). Files are
 //! private to their owner and never opened through a symbolic link. A dump exists from the instant in which its
-//! inventory gets its name: all else is on disk by then, and the inventory of an earlier dump in the same directory went
-//! away before the first file was written.
+//! inventory gets its name: all else is written by then ([`Lasting`] says how far), and the inventory of an earlier dump in
+//! the same directory went away before the first file was written.
 
 use std::{
     fs::{DirBuilder, File, OpenOptions, TryLockError},
@@ -22,6 +22,7 @@ use nix::{
     fcntl::{AT_FDCWD, AtFlags, OFlag, openat, readlinkat, renameat},
     sys::memfd::{MFdFlags, memfd_create},
     sys::stat::{Mode, SFlag, fstatat},
+    sys::statfs::{self, FsType},
     unistd::{UnlinkatFlags, linkat, symlinkat, syncfs, unlinkat},
 };
 use prost::Message;
@@ -35,7 +36,23 @@ use super::{
 /// The link to the dump that this one builds on; CRIU's name for it.
 const PARENT: &str = "parent";
 
-/// The inventory until it is on disk.
+/// How far files have come when they are made a dump.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lasting {
+    /// The kernel has them, and brings them to disk by and by. What a crash of the machine leaves of them until then is
+    /// shorter than it should be, and no restore takes it. On file systems that do not do so, or that tell only then
+    /// that they are full, the same as `OnDisk`.
+    Written,
+    /// They are on disk.
+    OnDisk,
+}
+
+/// File systems that say at once when they are full, not when files are brought to disk or closed, and whose files are no
+/// longer on disk than what was brought there.
+const SAY_AT_ONCE: [FsType; 4] =
+    [statfs::EXT4_SUPER_MAGIC, statfs::XFS_SUPER_MAGIC, statfs::BTRFS_SUPER_MAGIC, statfs::TMPFS_MAGIC];
+
+/// The inventory until it has its name.
 const UNFINISHED_INVENTORY: &str = ".inventory.img.new";
 
 /// An image directory, open and locked.
@@ -229,12 +246,21 @@ impl ImageDir {
         syncfs(&self.place.dir).map_err(|e| failed(&self.place.path, "syncfs", e.into()))
     }
 
-    /// Makes the files a dump: brings them to disk, then writes the inventory and brings that to disk.
+    fn says_at_once(&self) -> bool {
+        statfs::fstatfs(&self.place.dir).is_ok_and(|fs| SAY_AT_ONCE.contains(&fs.filesystem_type()))
+    }
+
+    /// Makes the files a dump: brings them so far, then writes the inventory and brings that as far.
     /// The inventory's version is filled in here.
-    pub fn commit(&self, inventory: &InventoryEntry) -> Result<(), ImageError> {
+    pub fn commit(&self, inventory: &InventoryEntry, lasting: Lasting) -> Result<(), ImageError> {
         let inventory = InventoryEntry { img_version: IMG_VERSION, ..inventory.clone() };
         self.clear()?;
-        self.sync()?;
+        let on_disk = lasting == Lasting::OnDisk || !self.says_at_once();
+        if on_disk {
+            self.sync()?;
+        } else {
+            self.place.make_waiting()?;
+        }
         let path = self.path_of(ImageKind::Inventory);
         let mut writer = ImageWriter::new(
             path.clone(),
@@ -243,7 +269,10 @@ impl ImageDir {
         );
         writer.message(&inventory)?;
         let of_file = |call| move |source| ImageError::File { file: path, offset: 0, call, source };
-        writer.into_file()?.sync_all().map_err(of_file.clone()("fsync"))?;
+        let file = writer.into_file()?;
+        if on_disk {
+            file.sync_all().map_err(of_file.clone()("fsync"))?;
+        }
         renameat(
             &self.place.dir,
             UNFINISHED_INVENTORY,
@@ -251,7 +280,10 @@ impl ImageDir {
             &*ImageName::from(ImageKind::Inventory).to_string(),
         )
         .map_err(|e| of_file("rename")(e.into()))?;
-        self.place.dir.sync_all().map_err(|e| failed(&self.place.path, "fsync", e))
+        if on_disk {
+            self.place.dir.sync_all().map_err(|e| failed(&self.place.path, "fsync", e))?;
+        }
+        Ok(())
     }
 
     /// Makes this dump build on another one. A relative path starts in this directory, as a link's does.

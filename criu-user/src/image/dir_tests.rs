@@ -35,7 +35,7 @@ fn a_dump_is_one_after_its_inventory_only() {
 
     let dir = ImageDir::create(&path).unwrap();
     dir.write_all(ImageKind::Pstree, &tree()).unwrap();
-    dir.commit(&inventory()).unwrap();
+    dir.commit(&inventory(), Lasting::OnDisk).unwrap();
     assert!(matches!(ImageDir::open(&path), Err(ImageError::Busy { .. })));
     drop(dir);
     let dir = ImageDir::open(&path).unwrap();
@@ -53,7 +53,7 @@ fn a_second_dump_leaves_open_files_of_the_first_alone() {
     let first = ImageDir::create(tmp.path()).unwrap();
     first.write_all(ImageKind::Pstree, &tree()).unwrap();
     first.write_one(ImageKind::Core.id(7), &inventory()).unwrap();
-    first.commit(&inventory()).unwrap();
+    first.commit(&inventory(), Lasting::OnDisk).unwrap();
     let old = first.reader(ImageKind::Pstree).unwrap();
     drop(first);
 
@@ -136,11 +136,11 @@ fn chains_of_parents_end() {
         let dir = ImageDir::create(tmp.path().join(n.to_string())).unwrap();
         dir.set_parent(Path::new("../absent")).unwrap();
         dir.set_parent(&Path::new("..").join((n + 1).to_string())).unwrap();
-        dir.commit(&inventory()).unwrap();
+        dir.commit(&inventory(), Lasting::OnDisk).unwrap();
     }
     let open = || ImageDir::open(tmp.path().join("0"));
     assert!(open().unwrap().parents().is_err(), "the last one is missing");
-    ImageDir::create(tmp.path().join("3")).unwrap().commit(&inventory()).unwrap();
+    ImageDir::create(tmp.path().join("3")).unwrap().commit(&inventory(), Lasting::OnDisk).unwrap();
     assert_eq!(open().unwrap().parents().unwrap().len(), 3);
     symlink("../1", tmp.path().join("3/parent")).unwrap();
     assert!(matches!(open().unwrap().parents(), Err(ImageError::Parents { .. })));

@@ -20,7 +20,7 @@ mod values;
 mod write;
 
 pub use dedup::dedup;
-pub use dir::{ImageDir, write_service};
+pub use dir::{ImageDir, Lasting, write_service};
 pub use error::ImageError;
 pub(crate) use error::room;
 pub use ghost::{Ghost, GhostPiece};

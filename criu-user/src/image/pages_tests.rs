@@ -8,7 +8,7 @@ use super::*;
 use crate::image::proto::{InventoryEntry, PagemapEntry, PagemapHead};
 
 fn commit(dir: &ImageDir) {
-    dir.commit(&InventoryEntry { fdinfo_per_id: Some(true), ..Default::default() }).unwrap();
+    dir.commit(&InventoryEntry { fdinfo_per_id: Some(true), ..Default::default() }, Lasting::OnDisk).unwrap();
 }
 
 /// What each page holds in one dump: nothing, its data (a byte repeated), or what the parent says.

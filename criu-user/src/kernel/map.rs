@@ -322,3 +322,23 @@ pub fn read_into(to: impl AsFd, to_at: u64, page: u64, from: impl AsFd, from_at:
     unsafe { libc::munmap(base, mapped) };
     outcome
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reserve_is_memory_that_is_there_until_it_is_given_back() {
+        const LEN: usize = 64 << 20;
+        let resident = || {
+            let text = std::fs::read_to_string("/proc/self/statm").expect("statm");
+            text.split(' ').nth(1).expect("resident pages").parse::<usize>().expect("a number") * 4096
+        };
+        let before = resident();
+        let reserve = Reserve::take(LEN).expect("this machine has 64 MiB");
+        assert!(resident() > before + LEN / 2, "it is not there");
+        drop(reserve);
+        assert!(resident() < before + LEN / 2, "it was not given back");
+        assert!(Reserve::take(usize::MAX / 4096 * 4096).is_none(), "nobody has that much");
+    }
+}
