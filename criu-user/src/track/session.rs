@@ -422,8 +422,9 @@ impl Shared {
     fn commit(&self, id: Vec<u8>) {
         self.tree.borrow_mut().processes.values_mut().for_each(Memory::commit);
         *self.since.borrow_mut() = id;
-        // What was reported last is not what the next image would find.
+        // What was reported last is not what the next image would find; and there is one dump more to learn from.
         self.last_look.set(None);
+        *self.measured.borrow_mut() = predict::known();
     }
 
     fn give_back(&self) {
