@@ -119,8 +119,9 @@ impl Seen {
     }
 }
 
-/// Descriptors whose descriptions we hold at a time.
-pub(super) const AT_ONCE: usize = 1024;
+/// Descriptors whose descriptions we hold at a time: far fewer than we may have open by default (1024), however many the
+/// tree has.
+pub(super) const AT_ONCE: usize = 256;
 
 /// Descriptors that a table has room for as it is made (NR_OPEN_DEFAULT of include/linux/fdtable.h).
 const FEW: usize = 64;
