@@ -4,8 +4,9 @@
 //! the program running tells for how long it stood still, as it saw it itself; then a dump that ends it and a restore
 //! are timed, and the restored program checks all that it had. The figures are medians of the rounds.
 //!
-//! The run happens in a mount namespace of its own with a tmpfs on `/run`. CRIU keeps the results of its kernel probes
-//! only there, and only on a tmpfs; without it, it is 40 ms slower a call. The programs are in the same namespace:
+//! The run happens in a mount namespace of its own with a tmpfs on `/run`, and one of huge pages in it
+//! ([`sample::touch_memory`]). CRIU keeps the results of its kernel probes only there, and only on a tmpfs; without it, it
+//! is 40 ms slower a call. The programs are in the same namespace:
 //! otherwise CRIU would take theirs for a container's and dump all mounts.
 
 mod report;
@@ -118,11 +119,15 @@ impl Plan {
     }
 }
 
-/// Starts this program again in a mount namespace of its own, with a tmpfs on `/run`.
+/// Starts this program again in a mount namespace of its own, with a tmpfs on `/run` and one of huge pages in it.
 fn enter_namespace(args: &[String]) -> Result<()> {
+    let huge = sample::HUGE_PAGES;
+    let mounts = format!(
+        "mount -t tmpfs tmpfs /run && mkdir {huge} && mount -t tmpfs -o huge=always tmpfs {huge} && exec \"$0\" \"$@\""
+    );
     let program = env::current_exe().context("finding this program")?;
     let status = Command::new("unshare")
-        .args(["--mount", "--propagation", "private", "sh", "-c", "mount -t tmpfs tmpfs /run && exec \"$0\" \"$@\""])
+        .args(["--mount", "--propagation", "private", "sh", "-c", &mounts])
         .arg(program)
         .arg("bench")
         .args(args)

@@ -16,6 +16,9 @@ use e2e::{Program, Workload, proc};
 use super::Row;
 use crate::peer;
 
+/// A tmpfs of huge pages in the bench's mount namespace.
+pub const HUGE_PAGES: &str = "/run/huge-pages";
+
 /// An engine that takes part.
 #[derive(Debug)]
 pub struct Contender {
@@ -162,20 +165,28 @@ impl Contender {
 /// again when the page has been free for two seconds, because the kernel reports free pages to the host
 /// (Documentation/mm/free_page_reporting.rst). Without it chance decides which engine gets pages that the host has taken
 /// back.
+///
+/// It is done with small pages and with huge ones, both held at once: small ones come out of what is in pieces already,
+/// which is never reported, so that they alone would leave untouched what an engine gets who writes much at a time.
 pub fn touch_memory(bytes: u64) {
     const MORE: u64 = 384 << 20;
     let bytes = bytes + MORE;
-    let name = PathBuf::from(format!("/dev/shm/xtask-bench-{}", std::process::id()));
-    let write = || -> std::io::Result<()> {
-        let mut file = fs::File::create(&name)?;
-        let part = vec![0; 1 << 20];
-        (0..bytes >> 20).try_for_each(|_| file.write_all(&part))
+    let small = PathBuf::from(format!("/dev/shm/xtask-bench-{}", std::process::id()));
+    let huge = Path::new(HUGE_PAGES).join("touched");
+    let write = |name: &Path| -> std::io::Result<()> {
+        let mut file = fs::File::create(name)?;
+        let part = vec![0; 2 << 20];
+        (0..bytes >> 21).try_for_each(|_| file.write_all(&part))
     };
-    // Without room for it the figures are only less even.
-    if let Err(error) = write() {
-        eprintln!("touching memory: {error}");
+    for name in [&small, &huge] {
+        // Without room for it the figures are only less even.
+        if let Err(error) = write(name) {
+            eprintln!("touching memory by {}: {error}", name.display());
+        }
     }
-    let _: std::io::Result<()> = fs::remove_file(&name);
+    for name in [&small, &huge] {
+        let _: std::io::Result<()> = fs::remove_file(name);
+    }
 }
 
 /// The first line of what a panic says.
