@@ -71,8 +71,12 @@ offsets! {
     file_mode: needed "file" "f_mode";
     file_pos: needed "file" "f_pos";
     file_path: needed "file" "f_path";
+    file_path_mnt: optional "file" "f_path.mnt";
+    mount_mnt: optional "mount" "mnt";
+    mount_id: optional "mount" "mnt_id";
     file_private_data: needed "file" "private_data";
     file_owner: needed "file" "f_owner";
+    file_owner_inside: optional "file" "f_owner.pid";
     file_ep: optional "file" "f_ep";
 
     inode_ino: needed "inode" "i_ino";

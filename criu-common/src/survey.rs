@@ -136,8 +136,8 @@ pub struct File {
     pub has_locks: u8,
     /// 1: an epoll instance watches it or did.
     pub in_epoll: u8,
-    /// Always 0.
-    pub reserved: u32,
+    /// Number of the mount that it was opened by; 0 where that is not known.
+    pub mount: u32,
     /// `struct files_struct`: the table that it is in.
     pub table: u64,
 }

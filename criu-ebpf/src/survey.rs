@@ -135,11 +135,19 @@ extern "C" fn survey_files(ctx: *const FileContext) -> i32 {
             f_mode: load(file, off!(file_mode)),
             table: get(of_task, off!(task_files)),
             // A kernel that has no such field to ask might have what it stands for.
-            has_owner: access::is_set(get(of_file, off!(file_owner))),
+            has_owner: 1,
             has_locks: 1,
             in_epoll: 1,
             ..File::default()
         };
+        // Before Linux 6.12 every file has room for an owner.
+        if off!(file_owner_inside) == ABSENT {
+            record.has_owner = access::is_set(get(of_file, off!(file_owner)));
+        }
+        if off!(file_path_mnt) != ABSENT && off!(mount_mnt) != ABSENT && off!(mount_id) != ABSENT {
+            let inside = get::<u64>(of_file, off!(file_path_mnt));
+            record.mount = get(inside.wrapping_sub(u64::from(off!(mount_mnt))), off!(mount_id));
+        }
         if off!(inode_flctx) != ABSENT {
             record.has_locks = access::is_set(get(inode, off!(inode_flctx)));
         }

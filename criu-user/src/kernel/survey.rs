@@ -150,6 +150,26 @@ pub struct Descriptor {
     /// Which open file description it refers to: equal numbers, the same description. Numbers count up from 1 in the
     /// order in which descriptions are first met, process by process, descriptor by descriptor.
     pub description: u32,
+    /// What else is known of it, by eBPF.
+    pub facts: Option<Facts>,
+}
+
+/// What the kernel's own records say of a descriptor, which otherwise takes `/proc/PID/fd/N`, `/proc/PID/fdinfo/N` and
+/// calls of fcntl(2) to find out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Facts {
+    /// As in fdinfo: with O_CLOEXEC if the descriptor is closed on exec.
+    pub flags: u32,
+    /// The position.
+    pub pos: u64,
+    /// The number of the mount, as in mountinfo.
+    pub mount: Option<u64>,
+    /// Whether it may have somebody who gets its signals.
+    pub may_have_owner: bool,
+    /// Whether locks may be on it.
+    pub may_have_locks: bool,
+    /// Where `/proc/PID/fd/N` points.
+    pub link: Option<PathBuf>,
 }
 
 /// The areas of a process, ascending, from /proc/PID/smaps: the only file of /proc that shows all flags.
@@ -266,7 +286,7 @@ pub fn descriptors_of(pids: &[Pid]) -> SysResult<BTreeMap<Pid, Vec<Descriptor>>>
                 next += 1;
                 next - 1
             });
-            mine.push(Descriptor { fd, description });
+            mine.push(Descriptor { fd, description, facts: None });
         }
         all.insert(pid, mine);
     }

@@ -75,7 +75,7 @@ impl FileKind for Epoll {
 /// The lines `tfd: N events: X data: X pos:N ino:X sdev:X` of fdinfo (fs/eventpoll.c, `ep_show_fdinfo`).
 fn registrations(seen: &Seen) -> Result<Vec<EventpollTfdEntry>, ObjectError> {
     let malformed = || ObjectError::contradiction(format!("fdinfo of pid {}, fd {}", seen.pid, seen.fd));
-    seen.info
+    seen.info()?
         .all("tfd")
         .map(|line| {
             let spaced = format!("tfd: {}", line.replace(':', ": "));

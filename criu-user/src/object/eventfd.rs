@@ -24,9 +24,9 @@ impl FileKind for EventFd {
     fn capture(&self, seen: &Seen, _: &mut Capture<'_>) -> Result<FileEntry, ObjectError> {
         // Shown since Linux 6.5; before, nobody can tell, and a plain counter is far more likely. The format has no
         // field for it: like CRIU we set the bit of eventfd(2), which is no status flag's.
-        let semaphore = seen.info.get("eventfd-semaphore").is_some_and(|value| value != "0");
+        let semaphore = seen.info()?.get("eventfd-semaphore").is_some_and(|value| value != "0");
         let flags = seen.flags | if semaphore { events::EFD_SEMAPHORE } else { 0 };
-        let counter = seen.info.number("eventfd-count", 16)?;
+        let counter = seen.info()?.number("eventfd-count", 16)?;
         let efd = EventfdFileEntry { id: seen.id, flags, fown: seen.fown()?, counter };
         Ok(FileEntry { r#type: FdTypes::Eventfd as i32, id: seen.id, efd: Some(efd), ..FileEntry::default() })
     }

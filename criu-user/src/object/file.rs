@@ -20,7 +20,6 @@ use super::{KINDS, ObjectError, Refusal, locks, unsupported};
 use crate::call;
 use crate::image::proto::{FdTypes, FdinfoEntry, FileEntry, FownEntry};
 use crate::image::{ImageDir, ImageKind, references};
-use crate::kernel::proc::KeyValues;
 use crate::kernel::survey::Descriptor;
 use crate::kernel::sys::{Compare, kcmp};
 use crate::kernel::{self, error::During, pidfd::PidFd};
@@ -204,20 +203,24 @@ impl<'a> Capture<'a> {
         looked: Looked,
         types: &mut HashMap<u32, FdTypes>,
     ) -> Result<FdinfoEntry, ObjectError> {
-        let flags = match &looked {
-            Looked::Anew(seen, flags) => {
-                locks::look(self, pid, d.fd, d.description, &seen.info)?;
+        let cloexec = match &looked {
+            Looked::Anew(seen) => {
+                if seen.may_have_locks() {
+                    locks::look(self, pid, d.fd, d.description, seen.info()?)?;
+                }
                 types.insert(d.description, self.describe(seen)?);
-                *flags
+                seen.descriptor_flags()? & libc::O_CLOEXEC as u32 != 0
             }
-            Looked::Again(info) => {
-                locks::look(self, pid, d.fd, d.description, info)?;
-                info.number("flags", 8)? as u32
+            Looked::Again { cloexec, info } => {
+                if let Some(info) = info {
+                    locks::look(self, pid, d.fd, d.description, info)?;
+                }
+                *cloexec
             }
         };
         Ok(FdinfoEntry {
             id: d.description,
-            flags: if flags & libc::O_CLOEXEC as u32 != 0 { libc::FD_CLOEXEC as u32 } else { 0 },
+            flags: if cloexec { libc::FD_CLOEXEC as u32 } else { 0 },
             r#type: types.get(&d.description).copied().unwrap_or(FdTypes::Und) as i32,
             fd: d.fd as u32,
             ..FdinfoEntry::default()
@@ -243,13 +246,11 @@ impl<'a> Capture<'a> {
                 return Ok(*id);
             }
         }
-        let d = Descriptor { fd: file.as_raw_fd(), description: self.new_id() };
-        let info = KeyValues::fdinfo(own, d.fd)?;
-        let flags = info.number("flags", 8)? as u32 & !(libc::O_CLOEXEC as u32);
+        let d = Descriptor { fd: file.as_raw_fd(), description: self.new_id(), facts: None };
         let ours = file.try_clone().during("fcntl(F_DUPFD_CLOEXEC)", format!("fd {}", d.fd))?;
         self.in_flight.push((d.description, file));
         let said = self.refusals.len();
-        self.describe(&Seen::look(own, &d, ours, info, flags)?)?;
+        self.describe(&Seen::look(own, &d, ours)?)?;
         for refusal in self.refusals.iter_mut().skip(said).filter(|r| r.pid == own.as_raw()) {
             let what = format!("on its way in a socket, {}", refusal.what);
             *refusal = carrier.refuse(what, std::mem::take(&mut refusal.advice));

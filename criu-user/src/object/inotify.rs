@@ -126,7 +126,7 @@ impl FileKind for Inotify {
 
     fn capture(&self, seen: &Seen, cx: &mut Capture<'_>) -> Result<FileEntry, ObjectError> {
         let mut wd = Vec::new();
-        for line in seen.info.text().lines().filter(|l| l.starts_with("inotify ")) {
+        for line in seen.info()?.text().lines().filter(|l| l.starts_with("inotify ")) {
             let watch = parse(line)
                 .ok_or_else(|| ObjectError::contradiction(format!("pid {}, fd {}: {line:?}", seen.pid, seen.fd)))?;
             match find(&watch) {

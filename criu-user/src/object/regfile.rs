@@ -151,7 +151,7 @@ fn plan_late(cx: &mut Planner<'_>, reg: &RegFileEntry, path: &Path) {
 
 /// The entry of a description that has a path, under an id.
 pub fn entry_of_seen(cx: &mut Capture<'_>, seen: &Seen, id: u32) -> Result<FileEntry, ObjectError> {
-    let mount = seen.info.number("mnt_id", 10)?;
+    let mount = seen.mount()?;
     let external = Name::file(mount, seen.stat.st_ino);
     let fown = seen.fown()?;
     if outside::is_external(cx.options, &external) {

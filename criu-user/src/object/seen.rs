@@ -9,11 +9,11 @@ use nix::sys::stat::{FileStat, SFlag};
 use nix::unistd::Pid;
 
 use super::file::FileKind;
-use super::inet::{Facts, Inet};
+use super::inet::{self, Inet};
 use super::{ObjectError, Refusal};
 use crate::image::proto::FownEntry;
 use crate::kernel::proc::KeyValues;
-use crate::kernel::survey::Descriptor;
+use crate::kernel::survey::{Descriptor, Facts};
 use crate::kernel::{self, error::During, pidfd::PidFd, proc};
 
 /// A description as it was found.
@@ -31,45 +31,88 @@ pub struct Seen {
     pub stat: FileStat,
     /// Where /proc/PID/fd/N points.
     pub link: PathBuf,
-    /// /proc/PID/fdinfo/N.
-    pub info: KeyValues,
     /// Open flags and status flags, without O_CLOEXEC.
     pub flags: u32,
     /// Its position.
     pub pos: u64,
+    /// /proc/PID/fdinfo/N, where it was needed so far.
+    info: OnceCell<KeyValues>,
+    /// What the survey knew of it.
+    facts: Option<Facts>,
     /// The family, if it is a socket; asked once.
     family: OnceCell<Option<i32>>,
     /// What is known of an internet socket; asked once.
-    inet: OnceCell<Facts>,
+    inet: OnceCell<inet::Facts>,
 }
 
 impl Seen {
     /// Looks at a description through one of its descriptors.
-    pub(super) fn look(
-        pid: Pid,
-        d: &Descriptor,
-        file: OwnedFd,
-        info: KeyValues,
-        flags: u32,
-    ) -> Result<Self, ObjectError> {
+    pub(super) fn look(pid: Pid, d: &Descriptor, file: OwnedFd) -> Result<Self, ObjectError> {
         let stat = nix::sys::stat::fstat(&file).during("fstat", format!("pid {pid}, fd {}", d.fd))?;
+        let facts = d.facts.clone();
         // Sockets all look alike there, and have no path.
         let link = match SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) {
             SFlag::S_IFSOCK => format!("socket:[{}]", stat.st_ino).into(),
-            _ => proc::link(&format!("/proc/{pid}/fd/{}", d.fd))?,
+            _ => match facts.as_ref().and_then(|facts| facts.link.clone()) {
+                Some(link) => link,
+                None => proc::link(&format!("/proc/{pid}/fd/{}", d.fd))?,
+            },
         };
-        let pos = info.number("pos", 10)?;
-        let (family, inet) = Default::default();
+        let (family, inet, info) = Default::default();
         let file = Arc::new(file);
-        Ok(Self { id: d.description, pid, fd: d.fd, file, stat, link, info, flags, pos, family, inet })
+        let mut seen =
+            Self { id: d.description, pid, fd: d.fd, file, stat, link, flags: 0, pos: 0, info, facts, family, inet };
+        let flags = seen.descriptor_flags()?;
+        seen.flags = flags & !(libc::O_CLOEXEC as u32);
+        seen.pos = match &seen.facts {
+            Some(facts) => facts.pos,
+            None => seen.info()?.number("pos", 10)?,
+        };
+        // What stands there and nowhere else.
+        if seen.link_text().starts_with("anon_inode:") || seen.may_have_locks() {
+            seen.info()?;
+        }
+        Ok(seen)
+    }
+
+    /// /proc/PID/fdinfo/N.
+    pub fn info(&self) -> Result<&KeyValues, ObjectError> {
+        match self.info.get() {
+            Some(known) => Ok(known),
+            None => {
+                let info = KeyValues::fdinfo(self.pid, self.fd)?;
+                Ok(self.info.get_or_init(|| info))
+            }
+        }
+    }
+
+    /// Its flags, with O_CLOEXEC if the descriptor that it was seen by is closed on exec.
+    pub(super) fn descriptor_flags(&self) -> Result<u32, ObjectError> {
+        match &self.facts {
+            Some(facts) => Ok(facts.flags),
+            None => Ok(self.info()?.number("flags", 8)? as u32),
+        }
+    }
+
+    /// Whether fdinfo may show locks.
+    pub(super) fn may_have_locks(&self) -> bool {
+        self.facts.as_ref().is_none_or(|facts| facts.may_have_locks)
+    }
+
+    /// The number of the mount that it was opened by, as in mountinfo.
+    pub fn mount(&self) -> Result<u64, ObjectError> {
+        match self.facts.as_ref().and_then(|facts| facts.mount) {
+            Some(mount) => Ok(mount),
+            None => Ok(self.info()?.number("mnt_id", 10)?),
+        }
     }
 
     /// What is known of it as an internet socket.
-    pub fn inet(&self) -> Result<&Facts, ObjectError> {
+    pub fn inet(&self) -> Result<&inet::Facts, ObjectError> {
         match self.inet.get() {
             Some(known) => Ok(known),
             None => {
-                let facts = Facts::read(self)?;
+                let facts = inet::Facts::read(self)?;
                 Ok(self.inet.get_or_init(|| facts))
             }
         }
@@ -98,8 +141,9 @@ impl Seen {
 
     /// Who gets its signals.
     pub fn fown(&self) -> Result<FownEntry, ObjectError> {
+        let cannot = self.facts.as_ref().is_some_and(|facts| !facts.may_have_owner);
         // O_PATH handles have no owner, and fcntl(2) refuses to say so.
-        if self.flags & libc::O_PATH as u32 != 0 {
+        if cannot || self.flags & libc::O_PATH as u32 != 0 {
             return Ok(FownEntry::default());
         }
         let owner = kernel::fd::owner(&self.file)?;
@@ -146,26 +190,36 @@ pub(super) struct Glance<'g> {
 
 /// What there is to be seen.
 pub(super) enum Looked {
-    /// The description, and the flags of the descriptor.
-    Anew(Box<Seen>, u32),
-    /// /proc/PID/fdinfo/N of one more descriptor.
-    Again(KeyValues),
+    /// The description.
+    Anew(Box<Seen>),
+    /// One more descriptor, closed on exec or not, and its fdinfo if locks may stand there.
+    Again { cloexec: bool, info: Option<KeyValues> },
 }
 
 impl Glance<'_> {
     /// Reads all that the dump need not be known for: several threads do so at once.
     pub fn look(&self) -> Result<Looked, ObjectError> {
         let &Self { pid, pidfd, d, is_first } = self;
-        let info = KeyValues::fdinfo(pid, d.fd)?;
         if !is_first {
-            return Ok(Looked::Again(info));
+            return self.look_again();
         }
-        let flags = info.number("flags", 8)? as u32;
-        let seen = Seen::look(pid, d, pidfd.get(d.fd)?, info, flags & !(libc::O_CLOEXEC as u32))?;
+        let seen = Seen::look(pid, d, pidfd.get(d.fd)?)?;
         if Inet.is(&seen) {
             seen.inet()?;
         }
-        Ok(Looked::Anew(Box::new(seen), flags))
+        Ok(Looked::Anew(Box::new(seen)))
+    }
+
+    fn look_again(&self) -> Result<Looked, ObjectError> {
+        let (info, flags) = match &self.d.facts {
+            Some(facts) if !facts.may_have_locks => (None, facts.flags),
+            _ => {
+                let info = KeyValues::fdinfo(self.pid, self.d.fd)?;
+                let flags = info.number("flags", 8)? as u32;
+                (Some(info), flags)
+            }
+        };
+        Ok(Looked::Again { cloexec: flags & libc::O_CLOEXEC as u32 != 0, info })
     }
 }
 

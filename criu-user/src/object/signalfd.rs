@@ -22,7 +22,7 @@ impl FileKind for SignalFd {
     }
 
     fn capture(&self, seen: &Seen, _: &mut Capture<'_>) -> Result<FileEntry, ObjectError> {
-        let sigmask = seen.info.number("sigmask", 16)?;
+        let sigmask = seen.info()?.number("sigmask", 16)?;
         let sgfd = SignalfdEntry { id: seen.id, flags: seen.flags, fown: seen.fown()?, sigmask };
         Ok(FileEntry { r#type: FdTypes::Signalfd as i32, id: seen.id, sgfd: Some(sgfd), ..FileEntry::default() })
     }

@@ -104,7 +104,12 @@ pub fn refuse(seen: &Seen) -> Refusal {
     let link = seen.link_text();
     let kind = SFlag::from_bits_truncate(seen.stat.st_mode) & SFlag::S_IFMT;
     if let Some((_, what, advice)) = KNOWN.iter().find(|(start, ..)| link.starts_with(start)) {
-        let whose = seen.info.get("Pid").map(|pid| format!(" of process {pid}")).unwrap_or_default();
+        let whose = seen
+            .info()
+            .ok()
+            .and_then(|info| info.get("Pid"))
+            .map(|pid| format!(" of process {pid}"))
+            .unwrap_or_default();
         return seen.refuse(format!("{what}{whose} ({link}) cannot be dumped"), *advice);
     }
     if kind == SFlag::S_IFCHR || kind == SFlag::S_IFBLK {

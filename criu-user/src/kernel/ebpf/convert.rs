@@ -10,7 +10,7 @@ use nix::unistd::Pid;
 use super::survey::{Named, TaskRecords};
 use super::{EbpfResult, EbpfSurvey};
 use crate::kernel::proc::Shown;
-use crate::kernel::survey::{Descriptor, PAGE, VmFlags, Vma, VmaName};
+use crate::kernel::survey::{Descriptor, Facts, PAGE, VmFlags, Vma, VmaName};
 
 /// Filesystems whose files may have others behind them: a mapping then shows the file behind to the kernel, and the file
 /// in front to a reader of /proc (`file_user_path` in fs/proc/task_mmu.c).
@@ -54,12 +54,25 @@ impl EbpfSurvey {
                 if file.record.tid == if leader_lives { 0 } else { by } {
                     let next = numbers.len() as u32 + 1;
                     let description = *numbers.entry(file.record.file).or_insert(next);
-                    mine.push(Descriptor { fd: file.record.fd as i32, description });
+                    mine.push(Descriptor { fd: file.record.fd as i32, description, facts: Some(facts(&file)) });
                 }
             }
             all.insert(process.by, mine);
         }
         Ok(all)
+    }
+}
+
+fn facts(file: &Named<record::File>) -> Facts {
+    let Named { record, text } = file;
+    let of_exec = if record.cloexec == 0 { 0 } else { libc::O_CLOEXEC as u32 };
+    Facts {
+        flags: record.flags & !(libc::O_CLOEXEC as u32) | of_exec,
+        pos: record.pos,
+        mount: (record.mount != 0).then_some(record.mount.into()),
+        may_have_owner: record.has_owner != 0,
+        may_have_locks: record.has_locks != 0,
+        link: (!text.is_empty()).then(|| OsStr::from_bytes(text).into()),
     }
 }
 
