@@ -51,6 +51,8 @@ pub struct GuestLayout {
     pub thread_unmap: usize,
     /// After the call that makes the socket pair.
     pub after_socketpair: usize,
+    /// After the call that gives the first thread its processors back.
+    pub processors_back: usize,
     /// After the last call on the way home of the first thread.
     pub home: usize,
     /// After the last call on the way home of a further thread.
@@ -73,6 +75,7 @@ pub fn guest_layout() -> GuestLayout {
         thread_area: &raw const criu_guest_thread_area as usize - start,
         thread_unmap: &raw const criu_guest_thread_unmap as usize - start,
         after_socketpair: &raw const criu_guest_socketpair_done as usize - start,
+        processors_back: &raw const criu_guest_processors_back as usize - start,
         home: &raw const criu_guest_home_done as usize - start,
         thread_home: &raw const criu_guest_thread_home_done as usize - start,
         size: &raw const criu_guest_size as usize - start,
@@ -118,6 +121,7 @@ unsafe extern "C" {
     static criu_guest_thread_area: u8;
     static criu_guest_thread_unmap: u8;
     static criu_guest_socketpair_done: u8;
+    static criu_guest_processors_back: u8;
     static criu_guest_home_done: u8;
     static criu_guest_thread_home_done: u8;
     static criu_guest_size: u8;
@@ -217,7 +221,7 @@ global_asm!(
     syscall
 .endm
 
-.irp symbol, guest_start, guest_thread, guest_thread_area, guest_thread_unmap, guest_socketpair_done, guest_home_done, guest_thread_home_done, guest_size, guest_processors, guest_home_data, guest_thread_home_data, guest_end, crew_start, crew_end
+.irp symbol, guest_start, guest_thread, guest_thread_area, guest_thread_unmap, guest_socketpair_done, guest_processors_back, guest_home_done, guest_thread_home_done, guest_size, guest_processors, guest_home_data, guest_thread_home_data, guest_end, crew_start, crew_end
     .globl criu_\symbol                  // other units of this program refer to them
     .hidden criu_\symbol
 .endr
@@ -318,6 +322,7 @@ criu_guest_socketpair_done:             // the engine takes the far end and the 
     xor edi, edi
     lea rdx, [rip + criu_guest_processors + 8]
     syscall
+criu_guest_processors_back:
 92: criu_go_home criu_guest_home_data, criu_guest_home_done
 
 criu_guest_thread:

@@ -150,7 +150,7 @@ impl<'a> Guest<'a> {
             tracing::debug!(%err, "the thread stays where it is");
         }
         let arrived = code + layout.after_socketpair as u64;
-        let home = code + layout.home as u64;
+        let run_home = || run_home(&thread, [layout.processors_back, layout.home].map(|at| code + at as u64));
         let regs = loop {
             let regs = next_syscall_stop(thread.tid)?;
             if is_entry(&regs) {
@@ -162,7 +162,7 @@ impl<'a> Guest<'a> {
             }
             if (1..4096).contains(&failed) {
                 let errno = Errno::from_raw(failed as i32);
-                run_home(&thread, home)?;
+                run_home()?;
                 return Err(AgentError::NoRoom { pid: pid.as_raw(), area: AREA, errno });
             }
         };
@@ -172,7 +172,7 @@ impl<'a> Guest<'a> {
             Ok(taken) => taken,
             Err(err) => {
                 // Nobody holds the far end: at the end of file it goes home.
-                run_home(&thread, home)?;
+                run_home()?;
                 return Err(err);
             }
         };
@@ -240,7 +240,12 @@ impl<'a> Guest<'a> {
             }
         };
         let ran = self.run_there(thread, area, batch);
-        run_home(thread, self.code + layout.thread_home as u64)?;
+        if ran.is_ok() {
+            // It stands before the last call.
+            settle(thread)?;
+            return ran;
+        }
+        run_home(thread, [layout.thread_unmap, layout.thread_home].map(|at| self.code + at as u64))?;
         ran
     }
 
@@ -340,7 +345,8 @@ impl<'a> Guest<'a> {
         stop(self.thread.tid)?;
         // End of file: the guest closes, unmaps and gives the signal mask back.
         self.socket = None;
-        run_home(&self.thread, self.code + self.layout.home as u64)?;
+        let layout = &self.layout;
+        run_home(&self.thread, [layout.processors_back, layout.home].map(|at| self.code + at as u64))?;
         self.memory.write(self.code, &vec![0; code::guest_len()])?;
         Ok(())
     }
@@ -505,11 +511,15 @@ fn next_syscall_stop(tid: Pid) -> Result<libc::user_regs_struct, AgentError> {
     }
 }
 
-/// Lets a thread run to the end of its way home, and gives it what it was found with.
-fn run_home(thread: &Stopped, home: u64) -> Result<(), AgentError> {
+/// Lets a thread run home, and gives it what it was found with.
+///
+/// The addresses are those behind two calls: the last but that for the signal mask, and that one. Behind the first, a thread
+/// only does by itself what it is given here, and may do it on any processor, where each stop takes twenty times as long.
+/// So it is stopped there, if it comes that way.
+fn run_home(thread: &Stopped, [last, home]: [u64; 2]) -> Result<(), AgentError> {
     loop {
         let regs = next_syscall_stop(thread.tid)?;
-        if regs.rip == home && !is_entry(&regs) {
+        if regs.rip == if is_entry(&regs) { last } else { home } {
             return settle(thread);
         }
     }
@@ -528,8 +538,8 @@ pub(super) fn stop(tid: Pid) -> Result<(), AgentError> {
     }
 }
 
-/// Puts a thread that stands at a system-call stop into an interrupt stop, where the kernel looks at the registers for
-/// a call to restart when it is let go, and gives it the registers and signal mask that it was found with.
+/// Puts a thread that stands at a system-call stop into an interrupt stop, behind the call if it stands before one. There the
+/// kernel looks at the registers for a call to restart when it is let go. Gives it the registers and signal mask that it was found with.
 fn settle(thread: &Stopped) -> Result<(), AgentError> {
     ptrace::interrupt(thread.tid)?;
     ptrace::cont(thread.tid, 0)?;

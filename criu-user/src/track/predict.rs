@@ -72,7 +72,7 @@ pub struct Measured {
 
 /// Microseconds for a freeze at all, and for one of each in the order of [`Shape::counts`], before anything is known of a
 /// machine (docs/tracking.md tells how they were measured).
-const COSTS: [f64; 7] = [1400.0, 850.0, 75.0, 0.6, 16.0, 0.0105, 0.9];
+const COSTS: [f64; 7] = [1700.0, 570.0, 64.0, 0.5, 11.7, 0.0065, 0.93];
 
 /// What each thing costs on this machine, by the dumps that were made.
 ///
@@ -138,26 +138,28 @@ impl Shape {
         self.counts().iter().zip(costs).map(|(count, cost)| count * cost).sum()
     }
 
-    /// How unlike two trees are: the squared distance of the logarithms of their counts.
-    fn distance(&self, other: &Shape) -> f64 {
-        let parts = |shape: &Shape| shape.counts().map(|count| (count + 8.0).ln());
-        parts(self).iter().zip(parts(other)).map(|(a, b)| (a - b) * (a - b)).sum()
+    /// How unlike the dumps of two trees are: the squared differences of what each thing costs, in parts of the whole. A
+    /// hundred thousand pages that are only walked over make no difference; a hundred processes do.
+    fn distance(&self, other: &Shape, costs: &[f64; 7]) -> f64 {
+        let whole = f64::midpoint(self.model(costs), other.model(costs));
+        let counts = self.counts().into_iter().zip(other.counts());
+        counts.zip(costs).map(|((a, b), cost)| ((a - b) * cost / whole).powi(2)).sum()
     }
 }
 
 /// Estimates the freeze of a dump of such a tree.
 pub fn predict(shape: &Shape, known: &[Measured]) -> Duration {
     /// A tree at this squared distance counts half as much as the same tree.
-    const NEAR: f64 = 0.05;
+    const NEAR: f64 = 0.2;
     /// What the model itself counts, where nothing alike is known.
-    const PRIOR: f64 = 0.05;
+    const PRIOR: f64 = 0.1;
     let costs = costs(known);
     let mut weights = PRIOR;
     // Of ratios, the geometric mean: twice and half are equally wrong.
     let mut sum = 0.0;
     for (age, measured) in known.iter().rev().enumerate() {
         // Older dumps fade: what ran beside them does not run any more.
-        let weight = NEAR / (NEAR + measured.shape.distance(shape)) * 0.8f64.powi(age.min(40) as i32);
+        let weight = NEAR / (NEAR + measured.shape.distance(shape, &costs)) * 0.9f64.powi(age.min(40) as i32);
         weights += weight;
         sum += weight * (measured.frozen_us.max(1) as f64 / measured.shape.model(&costs)).ln();
     }
