@@ -1,5 +1,7 @@
 //! What the areas of a process are, as messages.
 
+use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use crate::image::VmaStatus;
@@ -86,6 +88,26 @@ fn vsyscall() -> Option<VmaEntry> {
     *FOUND.get_or_init(look)
 }
 
+/// Files that are mapped, by device, inode and access mode: the name, and the id in files.img.
+#[derive(Debug, Default)]
+struct Mapped(HashMap<(u64, u64, u32), (PathBuf, u32)>);
+
+/// The id of the file behind an area. All processes of a tree map the same few, each in several areas.
+fn mapped_file(cx: &mut Capture<'_>, pid: i32, vma: &Vma, mode: u32) -> Result<u32, ObjectError> {
+    let key = (vma.dev, vma.ino, mode);
+    if let (VmaName::File(name), Some((known, id))) = (&vma.name, cx.shelf.get::<Mapped>().0.get(&key))
+        && name == known
+    {
+        return Ok(*id);
+    }
+    let link = format!("/proc/{pid}/map_files/{:x}-{:x}", vma.start, vma.end);
+    let id = regfile::by_path(cx, pid, &link, mode)?;
+    if let VmaName::File(name) = &vma.name {
+        cx.shelf.get::<Mapped>().0.insert(key, (name.clone(), id));
+    }
+    Ok(id)
+}
+
 fn area(cx: &mut Capture<'_>, pid: i32, vma: &Vma) -> Result<VmaEntry, ObjectError> {
     let shared = vma.flags.contains(VmFlags::SHARED);
     let kind = if shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
@@ -118,8 +140,7 @@ fn area(cx: &mut Capture<'_>, pid: i32, vma: &Vma) -> Result<VmaEntry, ObjectErr
         // A private mapping and a read-only one can be of a file that was opened for reading only.
         let writing = shared && vma.flags.contains(VmFlags::WRITE);
         let mode = if writing { libc::O_RDWR } else { libc::O_RDONLY };
-        let link = format!("/proc/{pid}/map_files/{:x}-{:x}", vma.start, vma.end);
-        entry.shmid = regfile::by_path(cx, pid, &link, mode as u32)?.into();
+        entry.shmid = mapped_file(cx, pid, vma, mode as u32)?.into();
         entry.fdflags = Some(mode as u32);
         let memfd = match &vma.name {
             VmaName::File(name) if memfd::is_name(name) => VmaStatus::MEMFD,
