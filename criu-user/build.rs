@@ -29,9 +29,12 @@ fn messages() -> Result<(), Box<dyn Error>> {
 
     let mut config = prost_build::Config::new();
     config.type_attribute(".", "#[derive(serde::Serialize)]");
-    // Every description has room for every type of file; the large ones would make all of them large.
-    for large in ["psk", "nlsk", "bpf", "isk", "usk"] {
-        config.boxed(format!(".criu.file_entry.{large}"));
+    // A description is of one type, and its message has a field for each: all together take a kilobyte.
+    for one in [
+        "reg", "memfd", "ext", "nsf", "pidfd", "tty", "bpf", "tunf", "pipe", "fifo", "usk", "isk", "psk", "nlsk",
+        "efd", "epfd", "sgfd", "tfd", "ify", "ffy",
+    ] {
+        config.boxed(format!(".criu.file_entry.{one}"));
     }
     config.compile_fds(protox::compile(&files, [&dir])?)?;
     Ok(())

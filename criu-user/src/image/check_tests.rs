@@ -124,7 +124,7 @@ fn sample(path: &std::path::Path) -> ImageDir {
     dir.write_one(ImageKind::Core.id(9), &core).unwrap();
     dir.write_one(ImageKind::Ids.id(9), &TaskKobjIdsEntry { files_id: 1, ..Default::default() }).unwrap();
     let reg = RegFileEntry { id: 5, name: b"bin/sh".into(), ..Default::default() };
-    let file = FileEntry { r#type: FdTypes::Reg as i32, id: 5, reg: Some(reg), ..Default::default() };
+    let file = FileEntry { r#type: FdTypes::Reg as i32, id: 5, reg: Some(reg.into()), ..Default::default() };
     dir.write_one(ImageKind::Files, &file).unwrap();
     let fd = FdinfoEntry { id: 5, fd: 0, r#type: FdTypes::Reg as i32, ..Default::default() };
     dir.write_one(ImageKind::Fdinfo.id(1), &fd).unwrap();

@@ -51,16 +51,21 @@ impl FileKind for Epoll {
             *nth += 1;
         }
         let epfd = EventpollFileEntry { id: seen.id, flags: seen.flags, fown: seen.fown()?, tfd };
-        Ok(FileEntry { r#type: FdTypes::Eventpoll as i32, id: seen.id, epfd: Some(epfd), ..FileEntry::default() })
+        Ok(FileEntry {
+            r#type: FdTypes::Eventpoll as i32,
+            id: seen.id,
+            epfd: Some(epfd.into()),
+            ..FileEntry::default()
+        })
     }
 
     fn plan(&self, entry: &FileEntry, cx: &mut Planner<'_>) -> Result<FileRef, ObjectError> {
-        let epfd = entry.epfd.as_ref().ok_or_else(|| ObjectError::empty(entry))?;
+        let epfd = entry.epfd.as_deref().ok_or_else(|| ObjectError::empty(entry))?;
         Ok(cx.plan.open(OpenEpoll { flags: epfd.flags }))
     }
 
     fn wire(&self, entry: &FileEntry, cx: &mut Planner<'_>) -> Result<(), ObjectError> {
-        let epfd = entry.epfd.as_ref().ok_or_else(|| ObjectError::empty(entry))?;
+        let epfd = entry.epfd.as_deref().ok_or_else(|| ObjectError::empty(entry))?;
         let epoll = cx.file_ref(entry.id)?;
         let numbers = cx.shelf.take::<Numbers>().known(cx);
         let holders = cx.holders.get(&entry.id).cloned().unwrap_or_default();

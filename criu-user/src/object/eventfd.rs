@@ -28,11 +28,11 @@ impl FileKind for EventFd {
         let flags = seen.flags | if semaphore { events::EFD_SEMAPHORE } else { 0 };
         let counter = seen.info()?.number("eventfd-count", 16)?;
         let efd = EventfdFileEntry { id: seen.id, flags, fown: seen.fown()?, counter };
-        Ok(FileEntry { r#type: FdTypes::Eventfd as i32, id: seen.id, efd: Some(efd), ..FileEntry::default() })
+        Ok(FileEntry { r#type: FdTypes::Eventfd as i32, id: seen.id, efd: Some(efd.into()), ..FileEntry::default() })
     }
 
     fn plan(&self, entry: &FileEntry, cx: &mut Planner<'_>) -> Result<FileRef, ObjectError> {
-        let efd = entry.efd.as_ref().ok_or_else(|| ObjectError::empty(entry))?;
+        let efd = entry.efd.as_deref().ok_or_else(|| ObjectError::empty(entry))?;
         Ok(cx.plan.open(OpenEventFd { flags: efd.flags, counter: efd.counter }))
     }
 }

@@ -50,7 +50,7 @@ impl FileKind for Fifo {
         let file = regfile::entry_of_seen(cx, seen, name)?;
         cx.add_file(file);
         let fifo = FifoEntry { id: seen.id, pipe_id, regf_id: Some(name) };
-        Ok(FileEntry { r#type: FdTypes::Fifo as i32, id: seen.id, fifo: Some(fifo), ..FileEntry::default() })
+        Ok(FileEntry { r#type: FdTypes::Fifo as i32, id: seen.id, fifo: Some(fifo.into()), ..FileEntry::default() })
     }
 
     fn finish(&self, cx: &mut Capture<'_>) -> Result<(), ObjectError> {
@@ -60,9 +60,9 @@ impl FileKind for Fifo {
 
     fn plan(&self, entry: &FileEntry, cx: &mut Planner<'_>) -> Result<FileRef, ObjectError> {
         let missing = |what| ObjectError::contradiction(format!("FIFO {} has no {what}", entry.id));
-        let fifo = entry.fifo.ok_or_else(|| missing("content"))?;
+        let fifo = entry.fifo.as_deref().ok_or_else(|| missing("content"))?;
         let name = cx.file(fifo.regf_id.ok_or_else(|| missing("name"))?)?;
-        let name = name.reg.clone().ok_or_else(|| missing("name"))?;
+        let name = name.reg.as_deref().cloned().ok_or_else(|| missing("name"))?;
         let planned = cx.shelf.get::<Planned>();
         if planned.content.is_none() {
             planned.content = Some(read_content(cx.dir, ImageKind::FifoData)?);

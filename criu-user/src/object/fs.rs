@@ -23,7 +23,7 @@ pub fn capture(cx: &mut Capture<'_>, pid: Pid) -> Result<FsEntry, ObjectError> {
 
 /// Plans them. The root comes first: the working directory may lie outside of it.
 pub fn plan(cx: &mut Planner<'_>, task: TaskRef, entry: &FsEntry) -> Result<(), ObjectError> {
-    let root = cx.file(entry.root_id)?.reg.as_ref().map(regfile::path_of);
+    let root = cx.file(entry.root_id)?.reg.as_deref().map(regfile::path_of);
     if let Some(root) = root
         && (root.as_os_str() != "/" || cx.options.root.is_other())
     {

@@ -301,7 +301,7 @@ pub fn plan(cx: &mut Planner<'_>, reg: &RegFileEntry) -> Result<Option<FileRef>,
         }
         RemapType::Linked => {
             let missing = || ObjectError::contradiction(format!("file {} has no name", remap.remap_id));
-            let linked = regfile::path_of(cx.file(remap.remap_id)?.reg.as_ref().ok_or_else(missing)?);
+            let linked = regfile::path_of(cx.file(remap.remap_id)?.reg.as_deref().ok_or_else(missing)?);
             // Last of all: as long as the restore may fail, the name is part of the images.
             let root = cx.options.root.clone();
             cx.plan.after(Stage::Last, Unlink { path: linked.clone(), root: root.clone() });

@@ -145,12 +145,12 @@ impl FileKind for Inotify {
             wd,
             unread: (sys::readable_bytes(seen.file.as_fd())? > 0).then_some(true),
         };
-        Ok(FileEntry { r#type: FdTypes::Inotify as i32, id: seen.id, ify: Some(ify), ..FileEntry::default() })
+        Ok(FileEntry { r#type: FdTypes::Inotify as i32, id: seen.id, ify: Some(ify.into()), ..FileEntry::default() })
     }
 
     fn plan(&self, entry: &FileEntry, cx: &mut Planner<'_>) -> Result<FileRef, ObjectError> {
         let missing = |what: &str| ObjectError::contradiction(format!("inotify {}: {what}", entry.id));
-        let ify = entry.ify.clone().ok_or_else(|| missing("empty"))?;
+        let ify = entry.ify.as_deref().cloned().ok_or_else(|| missing("empty"))?;
         for watch in &ify.wd {
             if !(1..=i32::MAX as u32).contains(&watch.wd) || watch.f_handle.bytes as usize > HANDLE_MAX {
                 return Err(missing("a watch that cannot be"));

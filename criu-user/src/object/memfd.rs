@@ -87,7 +87,7 @@ fn enter(
 }
 
 fn wrap(memfd: MemfdFileEntry) -> FileEntry {
-    FileEntry { r#type: FdTypes::Memfd as i32, id: memfd.id, memfd: Some(memfd), ..FileEntry::default() }
+    FileEntry { r#type: FdTypes::Memfd as i32, id: memfd.id, memfd: Some(memfd.into()), ..FileEntry::default() }
 }
 
 /// The entry of a memory file that is mapped, or runs as a program.
@@ -139,7 +139,7 @@ impl FileKind for Memfd {
 
     fn plan(&self, entry: &FileEntry, cx: &mut Planner<'_>) -> Result<FileRef, ObjectError> {
         let missing = |what| ObjectError::contradiction(format!("memory file {} has no {what}", entry.id));
-        let file = entry.memfd.ok_or_else(|| missing("entry"))?;
+        let file = *entry.memfd.as_deref().ok_or_else(|| missing("entry"))?;
         if cx.shelf.get::<Planned>().inodes.is_none() {
             let all: Vec<MemfdInodeEntry> = cx.dir.read_all(ImageKind::MemfdInode)?;
             cx.shelf.get::<Planned>().inodes = Some(all.into_iter().map(|i| (i.inode_id as u32, i)).collect());

@@ -189,7 +189,7 @@ struct Spare {
 }
 
 fn entry_of(entry: &FileEntry) -> Result<&PipeEntry, ObjectError> {
-    entry.pipe.as_ref().ok_or_else(|| ObjectError::contradiction(format!("file {} of type PIPE is empty", entry.id)))
+    entry.pipe.as_deref().ok_or_else(|| ObjectError::contradiction(format!("file {} of type PIPE is empty", entry.id)))
 }
 
 impl FileKind for Pipe {
@@ -214,7 +214,7 @@ impl FileKind for Pipe {
             fown: seen.fown()?,
             external: external.then_some(true),
         };
-        Ok(FileEntry { r#type: FdTypes::Pipe as i32, id: seen.id, pipe: Some(pipe), ..FileEntry::default() })
+        Ok(FileEntry { r#type: FdTypes::Pipe as i32, id: seen.id, pipe: Some(pipe.into()), ..FileEntry::default() })
     }
 
     fn finish(&self, cx: &mut Capture<'_>) -> Result<(), ObjectError> {

@@ -69,7 +69,7 @@ impl FileKind for RegFile {
 
     fn plan(&self, entry: &FileEntry, cx: &mut Planner<'_>) -> Result<FileRef, ObjectError> {
         let reg =
-            entry.reg.as_ref().ok_or_else(|| ObjectError::contradiction(format!("file {} is empty", entry.id)))?;
+            entry.reg.as_deref().ok_or_else(|| ObjectError::contradiction(format!("file {} is empty", entry.id)))?;
         if let Some(given) = outside::given(cx.options, &Name::path(path_of(reg).to_string_lossy()))? {
             return Ok(cx.plan.open(Given { what: path_of(reg).display().to_string(), given }));
         }
@@ -200,7 +200,7 @@ pub fn entry_of(id: u32, path: &Path, stat: &FileStat, flags: u32, pos: u64, fow
 
 /// The entry of files.img around it.
 pub fn wrap(reg: RegFileEntry) -> FileEntry {
-    FileEntry { r#type: FdTypes::Reg as i32, id: reg.id, reg: Some(reg), ..FileEntry::default() }
+    FileEntry { r#type: FdTypes::Reg as i32, id: reg.id, reg: Some(reg.into()), ..FileEntry::default() }
 }
 
 /// Enters a file that is no descriptor, such as a program, a mapped file or a directory, and gives its id.

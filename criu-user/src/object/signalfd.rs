@@ -24,11 +24,11 @@ impl FileKind for SignalFd {
     fn capture(&self, seen: &Seen, _: &mut Capture<'_>) -> Result<FileEntry, ObjectError> {
         let sigmask = seen.info()?.number("sigmask", 16)?;
         let sgfd = SignalfdEntry { id: seen.id, flags: seen.flags, fown: seen.fown()?, sigmask };
-        Ok(FileEntry { r#type: FdTypes::Signalfd as i32, id: seen.id, sgfd: Some(sgfd), ..FileEntry::default() })
+        Ok(FileEntry { r#type: FdTypes::Signalfd as i32, id: seen.id, sgfd: Some(sgfd.into()), ..FileEntry::default() })
     }
 
     fn plan(&self, entry: &FileEntry, cx: &mut Planner<'_>) -> Result<FileRef, ObjectError> {
-        let sgfd = entry.sgfd.as_ref().ok_or_else(|| ObjectError::empty(entry))?;
+        let sgfd = entry.sgfd.as_deref().ok_or_else(|| ObjectError::empty(entry))?;
         Ok(cx.plan.open(OpenSignalFd { flags: sgfd.flags, mask: sgfd.sigmask }))
     }
 }

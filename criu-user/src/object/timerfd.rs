@@ -53,17 +53,17 @@ impl FileKind for TimerFd {
             insec: interval.subsec_nanos().into(),
             due,
         };
-        Ok(FileEntry { r#type: FdTypes::Timerfd as i32, id: seen.id, tfd: Some(tfd), ..FileEntry::default() })
+        Ok(FileEntry { r#type: FdTypes::Timerfd as i32, id: seen.id, tfd: Some(tfd.into()), ..FileEntry::default() })
     }
 
     fn plan(&self, entry: &FileEntry, cx: &mut Planner<'_>) -> Result<FileRef, ObjectError> {
-        let tfd = entry.tfd.as_ref().ok_or_else(|| ObjectError::empty(entry))?;
+        let tfd = entry.tfd.as_deref().ok_or_else(|| ObjectError::empty(entry))?;
         Ok(cx.plan.open(OpenTimerFd { clock: tfd.clockid as i32, flags: tfd.flags }))
     }
 
     /// Armed by a process that has it: only there the clocks are those of the tree.
     fn wire(&self, entry: &FileEntry, cx: &mut Planner<'_>) -> Result<(), ObjectError> {
-        let tfd = entry.tfd.as_ref().ok_or_else(|| ObjectError::empty(entry))?;
+        let tfd = entry.tfd.as_deref().ok_or_else(|| ObjectError::empty(entry))?;
         let Some(&(task, fd)) = cx.holders.get(&entry.id).and_then(|holders| holders.first()) else { return Ok(()) };
         if tfd.vnsec >= SECOND || tfd.insec >= SECOND {
             return Err(ObjectError::contradiction(format!("timerfd {} has more nanoseconds than a second", entry.id)));

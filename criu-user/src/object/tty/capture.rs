@@ -105,9 +105,9 @@ pub fn description(seen: &Seen, cx: &mut Capture<'_>) -> Result<FileEntry, Objec
         ..RegFileEntry::default()
     };
     let (fown, regf_id) = (seen.fown()?, Some(name.id));
-    cx.add_file(FileEntry { r#type: FdTypes::Reg as i32, id: name.id, reg: Some(name), ..FileEntry::default() });
+    cx.add_file(FileEntry { r#type: FdTypes::Reg as i32, id: name.id, reg: Some(name.into()), ..FileEntry::default() });
     let entry = TtyFileEntry { id: seen.id, tty_info_id: info, flags: seen.flags, fown, regf_id };
-    Ok(FileEntry { r#type: FdTypes::Tty as i32, id: seen.id, tty: Some(entry), ..FileEntry::default() })
+    Ok(FileEntry { r#type: FdTypes::Tty as i32, id: seen.id, tty: Some(entry.into()), ..FileEntry::default() })
 }
 
 fn controlling(seen: &Seen, held: Held, cx: &mut Capture<'_>) -> Result<u32, ObjectError> {

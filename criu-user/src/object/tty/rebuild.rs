@@ -73,12 +73,12 @@ fn info(cx: &mut Planner<'_>, id: u32) -> Result<TtyInfoEntry, ObjectError> {
 }
 
 fn tty_of(entry: &FileEntry) -> Result<&TtyFileEntry, ObjectError> {
-    entry.tty.as_ref().ok_or_else(|| ObjectError::contradiction(format!("file {} is empty", entry.id)))
+    entry.tty.as_deref().ok_or_else(|| ObjectError::contradiction(format!("file {} is empty", entry.id)))
 }
 
 /// The name that a description was opened by.
 fn name_of(cx: &Planner<'_>, tty: &TtyFileEntry) -> Option<PathBuf> {
-    tty.regf_id.and_then(|id| cx.files.get(&id)).and_then(|file| file.reg.as_ref()).map(regfile::path_of)
+    tty.regf_id.and_then(|id| cx.files.get(&id)).and_then(|file| file.reg.as_deref()).map(regfile::path_of)
 }
 
 fn index_of(info: &TtyInfoEntry) -> Result<u32, ObjectError> {
@@ -137,7 +137,7 @@ fn controlled_pair(cx: &mut Planner<'_>, info: &TtyInfoEntry) -> Result<Option<P
 /// The description of an end, where one is open.
 fn has_end(cx: &Planner<'_>, info: u32) -> Option<Rc<FileEntry>> {
     let of_end = |file: &&Rc<FileEntry>| {
-        file.r#type() == FdTypes::Tty && file.tty.as_ref().is_some_and(|tty| tty.tty_info_id == info)
+        file.r#type() == FdTypes::Tty && file.tty.as_deref().is_some_and(|tty| tty.tty_info_id == info)
     };
     cx.files.values().find(of_end).cloned()
 }
