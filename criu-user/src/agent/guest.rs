@@ -538,8 +538,9 @@ pub(super) fn stop(tid: Pid) -> Result<(), AgentError> {
     }
 }
 
-/// Puts a thread that stands at a system-call stop into an interrupt stop, behind the call if it stands before one. There the
-/// kernel looks at the registers for a call to restart when it is let go. Gives it the registers and signal mask that it was found with.
+/// Puts a thread that stands at a system-call stop into an interrupt stop, behind the call if it stands before one, and gives
+/// it the registers and signal mask that it was found with. From there the kernel looks at the registers for a call to restart
+/// when it is let go.
 fn settle(thread: &Stopped) -> Result<(), AgentError> {
     ptrace::interrupt(thread.tid)?;
     ptrace::cont(thread.tid, 0)?;

@@ -166,8 +166,8 @@ impl Contender {
 /// (Documentation/mm/free_page_reporting.rst). Without it chance decides which engine gets pages that the host has taken
 /// back.
 ///
-/// It is done with small pages and with huge ones, both held at once: small ones come out of what is in pieces already,
-/// which is never reported, so that they alone would leave untouched what an engine gets who writes much at a time.
+/// It is done with huge pages and with small ones: small ones come out of what is in pieces already, which is never
+/// reported, so that they alone would leave untouched what an engine gets that writes much at a time.
 pub fn touch_memory(bytes: u64) {
     const MORE: u64 = 384 << 20;
     let bytes = bytes + MORE;
@@ -178,13 +178,11 @@ pub fn touch_memory(bytes: u64) {
         let part = vec![0; 2 << 20];
         (0..bytes >> 21).try_for_each(|_| file.write_all(&part))
     };
-    for name in [&small, &huge] {
+    for name in [&huge, &small] {
         // Without room for it the figures are only less even.
         if let Err(error) = write(name) {
             eprintln!("touching memory by {}: {error}", name.display());
         }
-    }
-    for name in [&small, &huge] {
         let _: std::io::Result<()> = fs::remove_file(name);
     }
 }
