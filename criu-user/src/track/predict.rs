@@ -82,7 +82,7 @@ const COSTS: [f64; 7] = [1400.0, 570.0, 64.0, 0.5, 11.7, 0.0065, 0.93];
 fn costs(known: &[Measured]) -> [f64; 7] {
     /// By how much a dump can be off the best model, and a cost off what it was taken for.
     const NOISE: f64 = 0.2;
-    const SPREAD: f64 = 0.25;
+    const SPREAD: f64 = 0.12;
     /// No cost is taken for ten times too much.
     const LEAST: f64 = 0.1;
     const ROUNDS: usize = 30;
