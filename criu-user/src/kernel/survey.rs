@@ -198,8 +198,28 @@ pub fn vmas_of(pid: Pid) -> SysResult<Vec<Vma>> {
 pub fn layout_of(pid: Pid) -> SysResult<Vec<Vma>> {
     let path = format!("/proc/{pid}/maps");
     let bytes = std::fs::read(&path).during("read", &path)?;
-    let lines = bytes.split(|&b| b == b'\n').filter(|line| !line.is_empty());
-    lines.map(|line| parse_area(line).ok_or_else(|| SysError::new("parse", &path, Errno::EBADMSG))).collect()
+    parse_layout(&bytes).ok_or_else(|| SysError::new("parse", &path, Errno::EBADMSG))
+}
+
+/// The areas in the text of /proc/PID/maps, ascending. The kernel gives it in pieces, and a program that runs may change its
+/// areas between two of them: one that was shown at the end of a piece is shown again if it has grown since. Only what it has
+/// grown by counts.
+fn parse_layout(text: &[u8]) -> Option<Vec<Vma>> {
+    let mut until = 0;
+    let mut vmas = Vec::new();
+    for line in text.split(|&b| b == b'\n').filter(|line| !line.is_empty()) {
+        let mut vma = parse_area(line)?;
+        if vma.end <= until {
+            continue;
+        }
+        if let Some(seen) = until.checked_sub(vma.start) {
+            vma.start = until;
+            vma.offset += if vma.ino == 0 { 0 } else { seen };
+        }
+        until = vma.end;
+        vmas.push(vma);
+    }
+    Some(vmas)
 }
 
 fn parse_area(line: &[u8]) -> Option<Vma> {
@@ -312,6 +332,24 @@ mod tests {
         assert_eq!(vma.name, VmaName::File("/tmp/a b (deleted)".into()));
         assert_eq!((vma.start, vma.offset, vma.ino), (0x7f00, 0x1000, 42));
         assert!(vma.flags.contains(VmFlags::SHARED | VmFlags::WRITE));
+    }
+
+    #[test]
+    fn areas_that_grow_while_they_are_read_are_not_there_twice() {
+        let text = b"7f1000-7f3000 rw-p 00000000 00:00 0 \n7f1000-7f5000 rw-p 00000000 00:00 0 \n\
+                     7f2000-7f4000 rw-p 00000000 00:00 0 \n7f4000-7f8000 r--p 00001000 fe:01 42 /lib\n\
+                     7f9000-7fa000 r--p 00006000 fe:01 42 /lib\n";
+        let areas = parse_layout(text).expect("well formed");
+        let found: Vec<_> = areas.iter().map(|vma| (vma.start, vma.end, vma.offset)).collect();
+        assert_eq!(
+            found,
+            [
+                (0x7f_1000, 0x7f_3000, 0),
+                (0x7f_3000, 0x7f_5000, 0),
+                (0x7f_5000, 0x7f_8000, 0x2000),
+                (0x7f_9000, 0x7f_a000, 0x6000)
+            ]
+        );
     }
 
     #[test]
