@@ -67,6 +67,18 @@ pub struct GuestLayout {
     pub thread_home_data: usize,
 }
 
+impl GuestLayout {
+    /// The last two calls on the way home of the first thread, in a guest at this address: after each.
+    pub fn way_home(&self, code: u64) -> [u64; 2] {
+        [self.processors_back, self.home].map(|at| code + at as u64)
+    }
+
+    /// The same of a further thread.
+    pub fn thread_way_home(&self, code: u64) -> [u64; 2] {
+        [self.thread_unmap, self.thread_home].map(|at| code + at as u64)
+    }
+}
+
 /// Where things are in the guest.
 pub fn guest_layout() -> GuestLayout {
     let start = &raw const criu_guest_start as usize;

@@ -150,7 +150,7 @@ impl<'a> Guest<'a> {
             tracing::debug!(%err, "the thread stays where it is");
         }
         let arrived = code + layout.after_socketpair as u64;
-        let run_home = || run_home(&thread, [layout.processors_back, layout.home].map(|at| code + at as u64));
+        let run_home = || run_home(&thread, layout.way_home(code));
         let regs = loop {
             let regs = next_syscall_stop(thread.tid)?;
             if is_entry(&regs) {
@@ -245,7 +245,7 @@ impl<'a> Guest<'a> {
             settle(thread)?;
             return ran;
         }
-        run_home(thread, [layout.thread_unmap, layout.thread_home].map(|at| self.code + at as u64))?;
+        run_home(thread, layout.thread_way_home(self.code))?;
         ran
     }
 
@@ -345,8 +345,7 @@ impl<'a> Guest<'a> {
         stop(self.thread.tid)?;
         // End of file: the guest closes, unmaps and gives the signal mask back.
         self.socket = None;
-        let layout = &self.layout;
-        run_home(&self.thread, [layout.processors_back, layout.home].map(|at| self.code + at as u64))?;
+        run_home(&self.thread, self.layout.way_home(self.code))?;
         self.memory.write(self.code, &vec![0; code::guest_len()])?;
         Ok(())
     }
