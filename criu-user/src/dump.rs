@@ -10,6 +10,7 @@ use tracing::{debug, info, warn};
 
 use crate::agent::{Aside, Beside, Guest, alone};
 use crate::freeze::{self, FreezeError, Frozen, FrozenProcess, Release};
+use crate::head_start::HeadStart;
 use crate::image::proto::{DumpStatsEntry, InventoryEntry, StatsEntry, TaskKobjIdsEntry};
 use crate::image::{ImageDir, ImageError, ImageKind, Lasting};
 use crate::kernel::pidfd::PidFd;
@@ -148,6 +149,8 @@ pub struct Summary {
     pub pages_written: u64,
     /// Pages that the parent images have.
     pub pages_in_parent: u64,
+    /// Of these, pages that were written since the parent and copied while the tree still ran, into `pre-dumps/last`.
+    pub pages_ahead: u64,
     /// Memory maps that were read before the freeze: still right in it, or not.
     pub maps_read_ahead: CacheUse,
     /// The pages written in bytes.
@@ -189,6 +192,7 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
     let live = if options.live { Live::prepare(options.pid) } else { Live::default() };
     let (mut lineage, history) = Lineage::begin(options.pid, &options.tracking, &dir)?;
     let shape = lineage.is_tracked().then(|| Shape::of_tree(options.pid));
+    let (history, mut head_start) = HeadStart::take(options, &dir, observer, &lineage, history)?;
     let tree = proc::tree(options.pid);
     // A copy may need as much again as it writes.
     let crowded = Crowded::look(&tree, if options.live { 2 } else { 1 });
@@ -211,6 +215,7 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
     info!(pages = pages.written, took = ?writing, "images are written");
     let freezing = frozen.took;
     let frozen = release(options, observer, &dir, frozen, hold, &lineage, &mut live)?;
+    head_start.keep();
     pages.add(live.pages);
     writing += live.writing;
     links.keep();
@@ -232,6 +237,7 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
         pages_scanned: pages.scanned,
         pages_written: pages.written,
         pages_in_parent: pages.in_parent,
+        pages_ahead: head_start.pages(),
         maps_read_ahead: surveyor.cache_use(),
         bytes_written,
         bytes_per_second: rate(bytes_written, writing),

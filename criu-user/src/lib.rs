@@ -10,6 +10,7 @@ pub mod dump;
 pub mod execute;
 pub mod explain;
 pub mod freeze;
+pub mod head_start;
 pub mod image;
 #[expect(unsafe_code, reason = "the room for raw system calls")]
 pub mod kernel;

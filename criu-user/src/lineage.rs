@@ -52,7 +52,7 @@ const DYING: Duration = Duration::from_millis(20);
 
 /// An image's connection with the one before it. Dropped before [`Lineage::commit`], the session goes on as if there had
 /// been no image.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Lineage {
     client: Option<Client>,
     id: Vec<u8>,
@@ -62,14 +62,15 @@ pub struct Lineage {
     pub untracked: Vec<(Pid, String)>,
     /// Longest time for which a process was stopped, to begin tracking it.
     pub stopped: Duration,
+    /// What the tree writes in a second, in bytes.
+    pub written_per_second: u64,
 }
 
 impl Lineage {
     /// Connects the images in `dir`, which are being made, with what was before. From here on until the end of this, the
     /// session leaves the tree alone.
     pub fn begin(pid: Pid, wanted: &Tracking, dir: &ImageDir) -> Result<(Self, History), LineageError> {
-        let mut lineage =
-            Self { client: None, id: new_id()?, tracked: Vec::new(), untracked: Vec::new(), stopped: Duration::ZERO };
+        let mut lineage = Self { id: new_id()?, ..Self::default() };
         let parent = match &wanted.prev_images_dir {
             Some(path) => {
                 dir.set_parent(path)?;
@@ -85,6 +86,7 @@ impl Lineage {
         };
         lineage.client = Some(client);
         lineage.stopped = Duration::from_micros(begun.stopped_us());
+        lineage.written_per_second = begun.written_per_second();
         let mut written = Vec::new();
         for process in &begun.processes {
             if let Some(why) = &process.untracked {
@@ -200,6 +202,6 @@ fn builds_on(parent: &ImageDir, since: &[u8]) -> Result<bool, ImageError> {
 }
 
 /// A name that no other image has.
-fn new_id() -> SysResult<Vec<u8>> {
+pub(crate) fn new_id() -> SysResult<Vec<u8>> {
     Ok(proc::read_text("/proc/sys/kernel/random/uuid")?.trim().as_bytes().to_vec())
 }

@@ -92,10 +92,11 @@ pub struct PreDumpSummary {
     pub bytes_per_second: u64,
 }
 
+/// Pages of a pre-dump.
 #[derive(Debug, Default)]
-struct Counts {
+pub(crate) struct Counts {
     scanned: u64,
-    written: u64,
+    pub written: u64,
     in_parent: u64,
     skipped: u64,
 }
@@ -159,7 +160,7 @@ fn write_stats(options: &PreDumpOptions, summary: &PreDumpSummary) -> Result<(),
 }
 
 /// Copies the memory of one process that runs on. Should it end meanwhile, there is less to copy.
-fn copy_process(
+pub(crate) fn copy_process(
     dir: &ImageDir,
     observer: &dyn Observer,
     shown: Shown,

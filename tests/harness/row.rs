@@ -139,15 +139,31 @@ impl Look {
         last
     }
 
-    /// Fails if it does not come to look like this again: what it holds for a moment only is not always there.
+    /// Fails if it does not come to look like this again. Each thing may do so at a moment of its own: what it holds
+    /// only now and then is not there in every look.
     pub fn expect_again(&self, program: &Program) {
+        let mut missing = self.processes.clone();
         for _ in 0..100 {
-            if *self == Self::at(program) {
+            let now = Self::at(program);
+            for (pid, expected) in &mut missing {
+                let seen = now.processes.get(pid);
+                expected.retain(|thing| seen.is_none_or(|seen| !seen.contains(thing)));
+            }
+            missing.retain(|_, expected| !expected.is_empty());
+            if missing.is_empty() && now.processes.len() == self.processes.len() {
                 return;
             }
             std::thread::sleep(Duration::from_millis(15));
         }
-        self.compare(&Self::at(program));
+        let now = Self::at(program);
+        for (pid, expected) in &missing {
+            for (name, was) in expected {
+                let is = now.processes.get(pid).and_then(|seen| seen.iter().find(|(other, _)| other == name));
+                let is = is.map_or("nothing", |(_, is)| is);
+                panic!("pid {pid}: {name} changed\n{}", differences(was, is));
+            }
+        }
+        self.compare(&now);
     }
 
     /// Fails with the first thing that differs.

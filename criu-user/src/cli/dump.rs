@@ -18,6 +18,7 @@ use super::watcher::Watcher;
 use super::{Outcome, log, say};
 use crate::dump::{self, DumpOptions, Summary};
 use crate::freeze::Release;
+use crate::head_start;
 use crate::image::{self, ImageDir};
 use crate::kernel::survey_cache::Caching;
 use crate::kernel::surveyor::Source;
@@ -276,6 +277,9 @@ pub(super) fn run(args: DumpArgs) -> Outcome {
     let summary = result.inspect_err(|_| watcher.give_up())?;
     watcher.finish();
     if options.tracking.auto_dedup {
+        if summary.pages_ahead > 0 {
+            dedup(&options.images_dir.join(head_start::PLACE))?;
+        }
         dedup(&options.images_dir)?;
     }
     if let Some(status) = status {

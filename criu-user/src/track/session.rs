@@ -34,6 +34,7 @@ use super::tree::{Belief, Tree, TreeLook};
 use super::wire::{self, Answer, Ask, Begun, Confirmed, Empty, Reply, Request, Tracked};
 use super::witness::{News, Witness};
 use crate::freeze;
+use crate::head_start;
 use crate::kernel::kept;
 use crate::kernel::pidfd::PidFd;
 use crate::kernel::survey::PAGE;
@@ -386,7 +387,12 @@ impl Shared {
             None if report.has_image => memory.written(),
             _ => crate::object::memory::estimate(memory.pid) / PAGE,
         };
-        let now = Shape { written: tree.processes.values().map(written).sum(), ..*shape };
+        let all: u64 = tree.processes.values().map(written).sum();
+        let left = match report.has_image {
+            true => head_start::left_of(all, report.written_bytes_per_second / PAGE),
+            false => all,
+        };
+        let now = Shape { written: left, ..*shape };
         predict::predict(&now, &self.measured.borrow())
     }
 
@@ -409,6 +415,7 @@ impl Shared {
             since: self.since.borrow().clone(),
             processes,
             stopped_us: Some(self.stopped.take().as_micros() as u64),
+            written_per_second: Some(self.reports.borrow().written_bytes_per_second),
         }
     }
 
