@@ -7,6 +7,7 @@ mod credentials;
 mod events;
 mod files;
 mod freeze;
+mod head_start;
 mod hugetlb;
 mod inet;
 mod killed;

@@ -156,12 +156,10 @@ impl Look {
             std::thread::sleep(Duration::from_millis(15));
         }
         let now = Self::at(program);
-        for (pid, expected) in &missing {
-            for (name, was) in expected {
-                let is = now.processes.get(pid).and_then(|seen| seen.iter().find(|(other, _)| other == name));
-                let is = is.map_or("nothing", |(_, is)| is);
-                panic!("pid {pid}: {name} changed\n{}", differences(was, is));
-            }
+        if let Some((pid, (name, was))) = missing.iter().find_map(|(pid, expected)| Some((pid, expected.first()?))) {
+            let is = now.processes.get(pid).and_then(|seen| seen.iter().find(|(other, _)| other == name));
+            let is = is.map_or("nothing", |(_, is)| is);
+            panic!("pid {pid}: {name} changed\n{}", differences(was, is));
         }
         self.compare(&now);
     }

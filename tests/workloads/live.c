@@ -29,6 +29,8 @@ struct range {
 	volatile uint64_t *at;
 	long pages;
 	uint64_t round;
+	/* After so many pages it rests for a millisecond; 0 is never. */
+	long rest_after;
 };
 
 static volatile uint64_t *word(struct range *range, long page, int place)
@@ -47,6 +49,8 @@ static void one_round(struct range *range)
 			      (long)next);
 			*word(range, page, i) = next;
 		}
+		if (range->rest_after && page % range->rest_after == 0)
+			pause_ms(1);
 	}
 	range->round = next;
 }
@@ -65,7 +69,7 @@ static struct range map(const char *name, long bytes, int flags, int advice)
 	CHECK(at != MAP_FAILED, "mmap of %s: %m", name);
 	char *aligned = (char *)(((uintptr_t)at + 2 * MIB - 1) & ~(2 * MIB - 1));
 	CHECK(advice < 0 || !madvise(aligned, bytes, advice), "madvise of %s: %m", name);
-	return (struct range){ name, (volatile uint64_t *)aligned, bytes / PAGE, 0 };
+	return (struct range){ name, (volatile uint64_t *)aligned, bytes / PAGE, 0, 0 };
 }
 
 static pthread_t start(void *(*run)(void *), void *arg)
@@ -119,7 +123,7 @@ static void writers(void)
 		map("DONTFORK", 4 * MIB, MAP_PRIVATE, MADV_DONTFORK),
 		map("WIPEONFORK", 4 * MIB, MAP_PRIVATE, MADV_WIPEONFORK),
 		map("shared", 4 * MIB, MAP_SHARED, -1),
-		{ "heap", NULL, 2 * MIB / PAGE, 0 },
+		{ "heap", NULL, 2 * MIB / PAGE, 0, 0 },
 	};
 	ranges[5].at = (volatile uint64_t *)(((uintptr_t)sbrk(2 * MIB + PAGE) + PAGE - 1) & ~(PAGE - 1));
 	pthread_t other = start(churn, NULL);
@@ -303,6 +307,15 @@ static void large_written(void)
 		one_round(&fill);
 }
 
+/* Writes some ten thousand pages a second: no more than can be copied meanwhile. */
+static void steady(void)
+{
+	struct range range = map("steady", 64 * MIB, MAP_PRIVATE, MADV_NOHUGEPAGE);
+	one_round(&range);
+	range.rest_after = 16;
+	run_writers(&range, 1);
+}
+
 /* It would be killed for making a process. */
 static void without_clone(void)
 {
@@ -319,5 +332,5 @@ static void without_clone(void)
 
 static const struct test_case cases[] = { CASE(writers), CASE(one_instant), CASE(tree),	    CASE(unnoticed),
 					  CASE(subreaper), CASE(large),
-					  CASE(large_written),					  CASE(without_clone) };
+					  CASE(large_written), CASE(steady),	    CASE(without_clone) };
 RUN_CASES(cases)
