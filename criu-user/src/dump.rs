@@ -199,7 +199,7 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
     let mut prepared = if options.live || options.release == Release::Kill && history.is_empty() {
         Prepared::default()
     } else {
-        Prepared::make(&dir, &tree, &history)
+        Prepared::make(&dir, &tree, &history, |pid| head_start.expected(pid))
     };
     seen::make_room(&tree);
     surveyor.read_ahead(options.pid);

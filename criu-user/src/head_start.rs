@@ -7,10 +7,12 @@
 //!
 //! The tracking session hears nothing of it: if the dump fails, it goes on from the parent, and what was copied goes away.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use nix::unistd::Pid;
 use tracing::{info, warn};
 
 use crate::dump::DumpOptions;
@@ -47,7 +49,12 @@ fn is_worth(pages: u64, a_second: u64) -> bool {
 #[derive(Debug, Default)]
 pub struct HeadStart {
     image: Option<ImageDir>,
-    pages: u64,
+    /// Pages copied of each process.
+    copied: HashMap<Pid, u64>,
+    /// Pages that the tree writes in a second.
+    rate: u64,
+    /// When the first was copied, or before.
+    begin: Option<Instant>,
     kept: bool,
 }
 
@@ -69,10 +76,11 @@ impl HeadStart {
         }
         let begin = Instant::now();
         match Self::copy(dir, parent, observer, lineage, &history) {
-            Ok((new, copied)) => {
+            Ok((new, head_start)) => {
                 dir.set_parent(Path::new(PLACE))?;
-                info!(pages = copied.pages, took = ?begin.elapsed(), "written since the parent, and copied beforehand");
-                Ok((new, copied))
+                let (pages, took) = (head_start.pages(), begin.elapsed());
+                info!(pages, ?took, "written since the parent, and copied beforehand");
+                Ok((new, head_start))
             }
             Err(err) => {
                 warn!(%err, "what was written since the parent is copied in the freeze, not beforehand");
@@ -91,14 +99,18 @@ impl HeadStart {
         let place = dir.path().join(PLACE);
         make_above(&place)?;
         let image = ImageDir::create(&place)?;
-        let mut copied = Self { image: None, pages: 0, kept: false };
-        let image = &*copied.image.insert(image);
+        let mut head_start = Self::default();
+        head_start.rate = lineage.written_per_second / PAGE;
+        head_start.begin = Some(Instant::now());
+        let image = &*head_start.image.insert(image);
         // A path that is not absolute starts in the directory of the dump, and this one is two deeper.
         image.set_parent(&Path::new("../..").join(parent))?;
         let mut counts = Counts::default();
         for (n, &(pid, _)) in lineage.tracked.iter().enumerate() {
             let Some(shown) = Shown::find(pid) else { continue };
+            let before = counts.written;
             copy_process(image, observer, shown, history.of(pid), n as u32 + 1, &mut counts)?;
+            head_start.copied.insert(pid, counts.written - before);
         }
         let inventory = InventoryEntry {
             pre_dump: Some(true),
@@ -111,13 +123,20 @@ impl HeadStart {
         // The session has armed all pages before any was copied: in the freeze, the page map tells which were written since.
         let nothing: Vec<_> = lineage.tracked.iter().map(|&(pid, _)| (pid, PageSet::default())).collect();
         let history = History::new(image, &nothing)?;
-        copied.pages = counts.written;
-        Ok((history, copied))
+        Ok((history, head_start))
     }
 
     /// How many pages were copied.
     pub fn pages(&self) -> u64 {
-        self.pages
+        self.copied.values().sum()
+    }
+
+    /// How many pages of a process the freeze is expected to write besides what would be written without this.
+    pub fn expected(&self, pid: Pid) -> u64 {
+        let Some(begin) = self.begin else { return 0 };
+        let all = self.rate as f64 * begin.elapsed().as_secs_f64();
+        let share = self.copied.get(&pid).map_or(0.0, |&pages| pages as f64 / self.pages().max(1) as f64);
+        (all * share) as u64
     }
 
     /// Keeps it: the dump is complete.

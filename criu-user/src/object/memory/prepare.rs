@@ -40,10 +40,11 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    /// Makes them for these processes, for what the parent does not have. What cannot be made is left out: it is made in the
-    /// freeze then.
-    pub fn make(dir: &ImageDir, processes: &[Pid], history: &History) -> Self {
-        /// Pages that a program writes until it stands still, besides a tenth of what it has written since its parent.
+    /// Makes them for these processes, for what the parent does not have and what is `expected` to be written meanwhile, in
+    /// pages. What cannot be made is left out: it is made in the freeze then.
+    pub fn make(dir: &ImageDir, processes: &[Pid], history: &History, expected: impl Fn(Pid) -> u64) -> Self {
+        /// Pages that a program writes until it stands still, besides half as much again as is expected, and a tenth of
+        /// what it has written since its parent.
         const MORE: u64 = 256;
         let begin = Instant::now();
         let left = headroom::of(Pid::this()).map_or(0, |left| left.bytes);
@@ -53,7 +54,7 @@ impl Prepared {
             let all = estimate(pid);
             let bytes = match history.pages_of(pid) {
                 0 => all,
-                clean => (all.saturating_sub(clean * PAGE) / 10 * 11 / PAGE + MORE) * PAGE,
+                clean => (all.saturating_sub(clean * PAGE) / 10 * 11 / PAGE + expected(pid) * 3 / 2 + MORE) * PAGE,
             };
             let wanted = bytes.min(all);
             let bytes = wanted.min(room);
@@ -113,7 +114,7 @@ mod tests {
     fn a_prepared_file_becomes_as_long_as_its_pages() {
         let place = tempfile::tempdir().expect("a directory");
         let dir = ImageDir::create(place.path()).expect("an image directory");
-        let mut prepared = Prepared::make(&dir, &[Pid::this()], &History::default());
+        let mut prepared = Prepared::make(&dir, &[Pid::this()], &History::default(), |_| 0);
         // Nothing is to be seen of it: an earlier dump is still there.
         assert!(dir.list().expect("listing").is_empty());
         let file = prepared.take(Pid::this()).expect("this process has memory");
