@@ -7,7 +7,6 @@
 //! engine's help or without.
 
 use std::cell::Cell;
-use std::sync::{Mutex, PoisonError};
 
 use nix::unistd::Pid;
 
@@ -16,18 +15,6 @@ use crate::kernel::sched;
 
 /// Bytes that the guest has for the processors of its thread: 512 of them.
 pub(super) const PROCESSORS: usize = 64;
-
-/// Where the engine may run when it does not stay. A thread that it begins meanwhile begins where it stays.
-static EVERYWHERE: Mutex<Option<Processors>> = Mutex::new(None);
-
-/// Has the calling thread, which the engine has begun, run where the engine itself may.
-pub fn roam() {
-    if let Some(everywhere) = &*EVERYWHERE.lock().unwrap_or_else(PoisonError::into_inner)
-        && let Err(err) = sched::set_affinity(Pid::from_raw(0), everywhere)
-    {
-        tracing::debug!(%err, "a thread stays where it began");
-    }
-}
 
 /// The calling thread stays on one processor while this lives.
 #[derive(Debug)]
@@ -52,7 +39,6 @@ impl Beside {
         let own = sched::affinity(Pid::this()).ok()?.lasting(Pid::this(), &online);
         let here = sched::current_processor()?;
         sched::set_affinity(Pid::from_raw(0), &Processors::one(here)).ok()?;
-        *EVERYWHERE.lock().unwrap_or_else(PoisonError::into_inner) = Some(own.clone());
         Some(Self { own, online, here: Cell::new(here) })
     }
 

@@ -6,7 +6,7 @@
 
 pub mod alone;
 pub mod batch;
-pub mod beside;
+mod beside;
 pub mod code;
 pub mod copy;
 pub mod crew;

@@ -1,18 +1,17 @@
 //! The page map of a process, read ahead of whoever writes its pages.
 //!
 //! A question about one area takes 2.5 µs however small it is, and there are programs with tens of thousands of areas: so
-//! neighbours of the same kind are looked at together. To walk over the page tables of a large program takes 2 ms for a
-//! gigabyte: so another thread does that while the pages found so far are written.
+//! neighbours of the same kind are looked at together.
+//!
+//! To walk over the page tables takes 2 ms for a gigabyte. A second thread that does so while the process writes what was
+//! found is not worth it: each page that the walk protects is made known to the processor that the process runs on, and both
+//! wait for the same memory.
 
 use std::collections::VecDeque;
-use std::sync::mpsc::{self, Receiver};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use super::super::ObjectError;
 use super::dump::{has_own_pages, own_pages};
-use crate::agent::beside;
-use crate::kernel::SysResult;
 use crate::kernel::pagemap::{PageMap, Query, Region};
 use crate::kernel::survey::Vma;
 
@@ -28,8 +27,6 @@ pub(super) enum How {
 
 /// Bytes of a process that are looked at in one go.
 const PIECE: u64 = 256 << 20;
-/// A process with so many bytes is worth a thread.
-const WORTH: u64 = 2 * PIECE;
 
 /// Some neighbouring areas, or a part of one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,18 +36,10 @@ struct Piece {
     query: Query,
 }
 
-/// What was found in a piece, and how long that took.
-type Found = SysResult<(Vec<Region>, Duration)>;
-
-/// Whoever reads the page map.
-enum Reader {
-    Here { map: PageMap, how: How },
-    There(Receiver<Found>),
-}
-
 /// What was found in the page map and not asked for yet.
 pub(super) struct LookAhead {
-    reader: Reader,
+    map: PageMap,
+    how: How,
     pieces: VecDeque<Piece>,
     /// In the order of the addresses.
     found: VecDeque<Region>,
@@ -59,37 +48,6 @@ pub(super) struct LookAhead {
     /// Up to where what was found is given out.
     at: u64,
     took: Duration,
-}
-
-/// Reads the page map for `work`, which asks for the areas in their order.
-pub(super) fn walk<T>(
-    mut map: PageMap,
-    vmas: &[Vma],
-    how: How,
-    work: impl FnOnce(&mut LookAhead) -> Result<T, ObjectError>,
-) -> Result<T, ObjectError> {
-    let pieces = pieces(vmas);
-    let ahead = |reader| LookAhead {
-        reader,
-        pieces: pieces.iter().copied().collect(),
-        found: VecDeque::new(),
-        until: 0,
-        at: 0,
-        took: Duration::ZERO,
-    };
-    if pieces.iter().map(|piece| piece.end - piece.start).sum::<u64>() < WORTH {
-        return work(&mut ahead(Reader::Here { map, how }));
-    }
-    thread::scope(|scope| {
-        let (sender, receiver) = mpsc::channel();
-        let pieces = &pieces;
-        scope.spawn(move || {
-            beside::roam();
-            // Nobody listens any more where the work has failed.
-            let _ = pieces.iter().try_for_each(|piece| sender.send(look(&mut map, piece, how)));
-        });
-        work(&mut ahead(Reader::There(receiver)))
-    })
 }
 
 fn pieces(vmas: &[Vma]) -> Vec<Piece> {
@@ -114,17 +72,13 @@ fn pieces(vmas: &[Vma]) -> Vec<Piece> {
     pieces
 }
 
-fn look(map: &mut PageMap, piece: &Piece, how: How) -> Found {
-    let begin = Instant::now();
-    let mut found = Vec::new();
-    match how {
-        How::Looking => map.scan(piece.start, piece.end, piece.query, &mut found)?,
-        How::Arming => map.scan_and_arm(piece.start, piece.end, piece.query, &mut found)?,
-    }
-    Ok((found, begin.elapsed()))
-}
-
 impl LookAhead {
+    /// Begins to read the page map of a process with these areas.
+    pub(super) fn new(map: PageMap, vmas: &[Vma], how: How) -> Self {
+        let pieces = pieces(vmas).into();
+        Self { map, how, pieces, found: VecDeque::new(), until: 0, at: 0, took: Duration::ZERO }
+    }
+
     /// Some more regions of an area; `None` after the last. Areas have to be asked for in their order, all of those that
     /// have pages of their own.
     pub(super) fn regions(&mut self, vma: &Vma) -> Result<Option<Vec<Region>>, ObjectError> {
@@ -136,15 +90,14 @@ impl LookAhead {
             let Some(piece) = self.pieces.pop_front() else {
                 return Err(ObjectError::contradiction(format!("nobody has looked at {from:#x}")));
             };
-            let found = match &mut self.reader {
-                Reader::Here { map, how } => look(map, &piece, *how),
-                Reader::There(found) => found
-                    .recv()
-                    .map_err(|_| ObjectError::contradiction("the page map was not read to its end".to_owned()))?,
-            };
-            let (found, took) = found?;
+            let begin = Instant::now();
+            let mut found = Vec::new();
+            match self.how {
+                How::Looking => self.map.scan(piece.start, piece.end, piece.query, &mut found)?,
+                How::Arming => self.map.scan_and_arm(piece.start, piece.end, piece.query, &mut found)?,
+            }
             self.found = found.into();
-            self.took += took;
+            self.took += begin.elapsed();
             self.until = piece.end;
         }
         self.at = self.until.min(vma.end);

@@ -17,7 +17,7 @@ use crate::observer::Observer;
 
 use super::super::ObjectError;
 use super::super::file::Capture;
-use super::ahead::{self, How, LookAhead};
+use super::ahead::{How, LookAhead};
 use super::area::is_private;
 use super::history::{Clean, Place};
 
@@ -107,13 +107,11 @@ pub fn dump_private(
     let by_itself = can_write_itself(cx, pid);
     let clean = cx.past.history.of(pid);
     let copy = Copy { image, guest, memory, observer: cx.observer, waiting: Vec::new() };
-    let (scanned, took, copy) = ahead::walk(pages, vmas, how, |ahead| {
-        let mut work = Work { copy, clean, by_itself, guards };
-        let scanned = work.write(vmas, ahead)?;
-        Ok((scanned, ahead.took(), work.copy))
-    })?;
-    debug!(pid = pid.as_raw(), scanning_us = took.as_micros() as u64, "its page map is read");
-    let PageCounts { present: written, in_parent } = copy.finish()?;
+    let mut work = Work { copy, clean, by_itself, guards };
+    let mut ahead = LookAhead::new(pages, vmas, how);
+    let scanned = work.write(vmas, &mut ahead)?;
+    debug!(pid = pid.as_raw(), scanning_us = ahead.took().as_micros() as u64, "its page map is read");
+    let PageCounts { present: written, in_parent } = work.copy.finish()?;
     Ok(Pages { scanned, written, in_parent })
 }
 
