@@ -24,7 +24,7 @@ use crate::kernel::survey::PAGE;
 use crate::lineage::{self, Lineage};
 use crate::object::memory::{History, estimate};
 use crate::observer::Observer;
-use crate::predump::{Counts, PreDumpError, copy_process};
+use crate::predump::{self, Counts, PreDumpError, copy_process};
 
 /// Where it is, from the directory of the dump. Pre-dumps of `--max-freeze` are beside it.
 pub const PLACE: &str = "pre-dumps/last";
@@ -32,8 +32,8 @@ pub const PLACE: &str = "pre-dumps/last";
 /// So many pages are worth the work; fewer are written in the freeze within five milliseconds.
 const WORTH: u64 = 2048;
 
-/// Pages copied in a second, or fewer.
-const SPEED: u64 = 100_000;
+/// Pages that are copied in a second, where memory is slow to come by.
+const SPEED: u64 = 50_000;
 
 /// Of `pages` written since the parent, those that the freeze will have to write of a tree that writes so many `a_second`.
 pub fn left_of(pages: u64, a_second: u64) -> u64 {
@@ -112,12 +112,7 @@ impl HeadStart {
             copy_process(image, observer, shown, history.of(pid), n as u32 + 1, &mut counts)?;
             head_start.copied.insert(pid, counts.written - before);
         }
-        let inventory = InventoryEntry {
-            pre_dump: Some(true),
-            fdinfo_per_id: Some(true),
-            dump_id: Some(lineage::new_id()?),
-            ..InventoryEntry::default()
-        };
+        let inventory = InventoryEntry { dump_id: Some(lineage::new_id()?), ..predump::inventory() };
         // It gets to disk with the dump, which brings all of the file system there.
         image.commit(&inventory, Lasting::Written)?;
         // The session has armed all pages before any was copied: in the freeze, the page map tells which were written since.
@@ -173,8 +168,8 @@ mod tests {
     #[test]
     fn little_and_what_is_written_all_the_time_is_left_to_the_freeze() {
         assert_eq!(left_of(2000, 10), 2000);
-        assert_eq!(left_of(20_000, 80_000), 20_000);
-        assert_eq!(left_of(20_000, 5000), 1000);
+        assert_eq!(left_of(20_000, 25_000), 20_000);
+        assert_eq!(left_of(20_000, 5000), 2000);
         assert_eq!(left_of(20_000, 0), 0);
     }
 }

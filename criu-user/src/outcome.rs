@@ -6,6 +6,7 @@ use crate::dump::{self, DumpError};
 use crate::execute::ExecuteError;
 use crate::image::ImageError;
 use crate::kernel::SysError;
+use crate::kernel::survey::PAGE;
 use crate::kernel::survey_cache::CacheUse;
 use crate::lineage::LineageError;
 use crate::metrics::{Operation, Pages, Phase, Reason, Run};
@@ -26,9 +27,13 @@ pub fn of_dump(result: &Result<dump::Summary, DumpError>) -> Run {
                 (Phase::Writing, summary.writing),
                 (Phase::Total, summary.total),
             ],
-            pages: Pages { written: summary.pages_written, in_parent: summary.pages_in_parent, skipped: 0 },
+            pages: Pages {
+                written: summary.pages_written + summary.pages_ahead,
+                in_parent: summary.pages_in_parent.saturating_sub(summary.pages_ahead),
+                skipped: 0,
+            },
             maps: summary.maps_read_ahead,
-            bytes: summary.bytes_written,
+            bytes: summary.bytes_written + summary.pages_ahead * PAGE,
         },
         Err(err) => Run::failed(operation, dump_reason(err)),
     }

@@ -119,7 +119,7 @@ pub fn pre_dump(options: &PreDumpOptions, observer: &dyn Observer) -> Result<Pre
         copy_process(&dir, observer, shown, history.of(pid), n as u32 + 1, &mut counts)?;
         processes += 1;
     }
-    let mut inventory = InventoryEntry { pre_dump: Some(true), fdinfo_per_id: Some(true), ..InventoryEntry::default() };
+    let mut inventory = inventory();
     lineage.describe(&mut inventory);
     dir.commit(&inventory, Lasting::OnDisk)?;
     let frozen = lineage.stopped;
@@ -143,6 +143,11 @@ pub fn pre_dump(options: &PreDumpOptions, observer: &dyn Observer) -> Result<Pre
     }
     info!(pages = counts.written, in_parent = counts.in_parent, skipped = counts.skipped, ?total, "pre-dump finished");
     Ok(summary)
+}
+
+/// That of a pre-dump, which has no name yet.
+pub(crate) fn inventory() -> InventoryEntry {
+    InventoryEntry { pre_dump: Some(true), fdinfo_per_id: Some(true), ..InventoryEntry::default() }
 }
 
 /// Statistics as a dump has them.

@@ -20,6 +20,7 @@ use crate::dump::{self, DumpOptions, Summary};
 use crate::freeze::Release;
 use crate::head_start;
 use crate::image::{self, ImageDir};
+use crate::kernel::survey::PAGE;
 use crate::kernel::survey_cache::Caching;
 use crate::kernel::surveyor::Source;
 use crate::lineage::Tracking;
@@ -433,6 +434,10 @@ fn report(common: &Common, summary: &Summary) -> Result<(), CliError> {
             summary.frozen.as_secs_f64() * 1e3,
             summary.total.as_secs_f64() * 1e3,
         ));
+    }
+    if summary.pages_ahead > 0 && !common.json && !common.quiet {
+        let bytes = HumanBytes(summary.pages_ahead * PAGE);
+        say(format_args!("{} pages ({bytes}) were copied beforehand, into {}", summary.pages_ahead, head_start::PLACE));
     }
     for process in summary.not_copied.iter().filter(|_| !common.json && !common.quiet) {
         say(format_args!("not live: {process}"));
