@@ -12,7 +12,7 @@ use e2e::{Engine, Program, Row, Workload, rows};
 use nix::{sys::signal::Signal, sys::signal::kill, unistd::Pid};
 
 use crate::killed::{Moments, wait_unharmed};
-use crate::track::{in_parent, on};
+use crate::track::{cycles, in_parent, on, remove_images};
 
 /// Between the dump and its parent.
 const PLACE: &str = "pre-dumps/last";
@@ -49,12 +49,13 @@ rows! {
     /// Nothing of what is written while it is copied gets lost, and the restored program can do it again.
     before_the_end => |row| {
         let mut program = steady();
-        for _ in 0..2 {
+        for _ in 0..cycles().max(2) {
             let parent = parent(row, &program);
             let tree = program.tree();
             let images = dump(row, &program, &parent, &[]);
             program.expect_gone(&tree);
             row.restore(&program, &images);
+            remove_images(&program);
         }
         program.finish();
     };
