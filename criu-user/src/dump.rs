@@ -192,7 +192,9 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
     let live = if options.live { Live::prepare(options.pid) } else { Live::default() };
     let (mut lineage, history) = Lineage::begin(options.pid, &options.tracking, &dir)?;
     let shape = lineage.is_tracked().then(|| Shape::of_tree(options.pid));
-    let (history, mut head_start) = HeadStart::take(options, &dir, observer, &lineage, history)?;
+    // A copy of the tree does not need it.
+    let parent = options.tracking.prev_images_dir.as_deref().filter(|_| !options.live);
+    let (history, mut head_start) = HeadStart::take(&dir, parent, observer, &lineage, history)?;
     let tree = proc::tree(options.pid);
     // A copy may need as much again as it writes.
     let crowded = Crowded::look(&tree, if options.live { 2 } else { 1 });

@@ -15,7 +15,6 @@ use std::time::Instant;
 use nix::unistd::Pid;
 use tracing::{info, warn};
 
-use crate::dump::DumpOptions;
 use crate::image::proto::InventoryEntry;
 use crate::image::{ImageDir, ImageError, Lasting};
 use crate::kernel::page_set::PageSet;
@@ -25,25 +24,10 @@ use crate::lineage::{self, Lineage};
 use crate::object::memory::{History, estimate};
 use crate::observer::Observer;
 use crate::predump::{self, Counts, PreDumpError, copy_process};
+use crate::track::predict;
 
 /// Where it is, from the directory of the dump. Pre-dumps of `--max-freeze` are beside it.
 pub const PLACE: &str = "pre-dumps/last";
-
-/// So many pages are worth the work; fewer are written in the freeze within five milliseconds.
-const WORTH: u64 = 2048;
-
-/// Pages that are copied in a second, where memory is slow to come by.
-const SPEED: u64 = 50_000;
-
-/// Of `pages` written since the parent, those that the freeze will have to write of a tree that writes so many `a_second`.
-pub fn left_of(pages: u64, a_second: u64) -> u64 {
-    if is_worth(pages, a_second) { a_second * pages / SPEED } else { pages }
-}
-
-/// Whether it is worth it: that there is much to copy, and that not half of it is written again meanwhile.
-fn is_worth(pages: u64, a_second: u64) -> bool {
-    pages >= WORTH && a_second < SPEED / 2
-}
 
 /// What was copied beforehand, if anything was. Goes away with this, unless it was kept.
 #[derive(Debug, Default)]
@@ -59,19 +43,19 @@ pub struct HeadStart {
 }
 
 impl HeadStart {
-    /// Copies what is written since the parent of the dump in `dir`, if that is worth it, and makes it the parent. What
+    /// Copies what is written since the `parent` of the dump in `dir`, if that is worth it, and makes it the parent. What
     /// cannot be copied now is left to the freeze.
     pub fn take(
-        options: &DumpOptions,
         dir: &ImageDir,
+        parent: Option<&Path>,
         observer: &dyn Observer,
         lineage: &Lineage,
         history: History,
     ) -> Result<(History, Self), ImageError> {
-        let Some(parent) = options.tracking.prev_images_dir.as_deref() else { return Ok((history, Self::default())) };
+        let Some(parent) = parent.filter(|_| !history.is_empty()) else { return Ok((history, Self::default())) };
         let missing = |&(pid, _): &(_, u64)| (estimate(pid) / PAGE).saturating_sub(history.pages_of(pid));
         let pages = lineage.tracked.iter().map(missing).sum();
-        if options.live || history.is_empty() || !is_worth(pages, lineage.written_per_second / PAGE) {
+        if !predict::is_worth_a_head_start(pages, lineage.written_per_second / PAGE) {
             return Ok((history, Self::default()));
         }
         let begin = Instant::now();
@@ -158,18 +142,5 @@ fn make_above(place: &Path) -> Result<(), ImageError> {
             Err(ImageError::File { file: above, offset: 0, call: "mkdir", source: err })
         }
         _ => Ok(()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn little_and_what_is_written_all_the_time_is_left_to_the_freeze() {
-        assert_eq!(left_of(2000, 10), 2000);
-        assert_eq!(left_of(20_000, 25_000), 20_000);
-        assert_eq!(left_of(20_000, 5000), 2000);
-        assert_eq!(left_of(20_000, 0), 0);
     }
 }

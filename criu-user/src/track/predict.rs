@@ -166,6 +166,22 @@ pub fn predict(shape: &Shape, known: &[Measured]) -> Duration {
     Duration::from_micros((shape.model(&costs) * (sum / weights).exp()) as u64)
 }
 
+/// Pages that are copied before a freeze in a second, where memory is slow to come by.
+const COPIED: u64 = 50_000;
+
+/// Whether pages written since the parent are worth copying before the freeze (head_start.rs), in a tree that writes so
+/// many `a_second`: that there are many, and that not half of them are written again meanwhile.
+pub fn is_worth_a_head_start(pages: u64, a_second: u64) -> bool {
+    /// Fewer are written in the freeze within five milliseconds.
+    const MANY: u64 = 2048;
+    pages >= MANY && a_second < COPIED / 2
+}
+
+/// Of `pages` written since the parent, those that the freeze will have to write.
+pub fn left_to_the_freeze(pages: u64, a_second: u64) -> u64 {
+    if is_worth_a_head_start(pages, a_second) { a_second * pages / COPIED } else { pages }
+}
+
 /// How many dumps are remembered.
 const REMEMBERED: usize = 64;
 
@@ -200,6 +216,14 @@ mod tests {
     fn within(estimate: Duration, of: Duration, share: f64) {
         let ratio = estimate.as_secs_f64() / of.as_secs_f64();
         assert!((ratio - 1.0).abs() < share, "{estimate:?} is not within {share} of {of:?}");
+    }
+
+    #[test]
+    fn little_and_what_is_written_all_the_time_is_left_to_the_freeze() {
+        assert_eq!(left_to_the_freeze(2000, 10), 2000);
+        assert_eq!(left_to_the_freeze(20_000, 25_000), 20_000);
+        assert_eq!(left_to_the_freeze(20_000, 5000), 2000);
+        assert_eq!(left_to_the_freeze(20_000, 0), 0);
     }
 
     #[test]

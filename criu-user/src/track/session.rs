@@ -34,7 +34,6 @@ use super::tree::{Belief, Tree, TreeLook};
 use super::wire::{self, Answer, Ask, Begun, Confirmed, Empty, Reply, Request, Tracked};
 use super::witness::{News, Witness};
 use crate::freeze;
-use crate::head_start;
 use crate::kernel::kept;
 use crate::kernel::pidfd::PidFd;
 use crate::kernel::survey::PAGE;
@@ -389,7 +388,7 @@ impl Shared {
         };
         let all: u64 = tree.processes.values().map(written).sum();
         let left = match report.has_image {
-            true => head_start::left_of(all, report.written_bytes_per_second / PAGE),
+            true => predict::left_to_the_freeze(all, report.written_bytes_per_second / PAGE),
             false => all,
         };
         let now = Shape { written: left, ..*shape };
