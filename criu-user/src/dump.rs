@@ -149,7 +149,8 @@ pub struct Summary {
     pub pages_written: u64,
     /// Pages that the parent images have.
     pub pages_in_parent: u64,
-    /// Of these, pages that were written since the parent and copied while the tree still ran, into `pre-dumps/last`.
+    /// Pages that were written since the parent and copied while the tree still ran, into `pre-dumps/last`. Those that were
+    /// not written again are among the ones of the parents.
     pub pages_ahead: u64,
     /// Memory maps that were read before the freeze: still right in it, or not.
     pub maps_read_ahead: CacheUse,

@@ -2,14 +2,14 @@
 //! between the parent and the dump. In the freeze there is only left what was written meanwhile.
 //!
 //! A program that writes 5000 pages a second has written tens of thousands since a parent that took long to make, and each
-//! costs the freeze two or three microseconds. Copied beforehand they take some tenths of a second, in which it writes a
+//! costs the freeze two microseconds or more. Copied beforehand they take some tenths of a second, in which it writes a
 //! thousand.
 //!
 //! The tracking session hears nothing of it: if the dump fails, it goes on from the parent, and what was copied goes away.
 
 use std::collections::HashMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use nix::unistd::Pid;
@@ -81,7 +81,13 @@ impl HeadStart {
         history: &History,
     ) -> Result<(History, Self), PreDumpError> {
         let place = dir.path().join(PLACE);
-        make_above(&place)?;
+        let above = dir.path().join(Path::new(PLACE).parent().unwrap_or(Path::new("")));
+        fs::create_dir_all(&above).map_err(|source| ImageError::File {
+            file: above,
+            offset: 0,
+            call: "mkdir",
+            source,
+        })?;
         let image = ImageDir::create(&place)?;
         let mut head_start = Self::default();
         head_start.rate = lineage.written_per_second / PAGE;
@@ -131,16 +137,5 @@ impl Drop for HeadStart {
         {
             warn!(%err, place = %image.path().display(), "what was copied for a dump that failed is still there");
         }
-    }
-}
-
-/// Makes the directory that it is in, if it is not there.
-fn make_above(place: &Path) -> Result<(), ImageError> {
-    let above: PathBuf = place.parent().map(Path::to_owned).unwrap_or_default();
-    match fs::create_dir(&above) {
-        Err(err) if err.kind() != std::io::ErrorKind::AlreadyExists => {
-            Err(ImageError::File { file: above, offset: 0, call: "mkdir", source: err })
-        }
-        _ => Ok(()),
     }
 }
