@@ -26,6 +26,12 @@ impl Connection {
         Self { local, remote: [0; 16], local_port, remote_port: [0; 2] }
     }
 
+    /// The connection as the other end sees it.
+    #[inline(always)]
+    pub const fn swapped(&self) -> Self {
+        Self { local: self.remote, remote: self.local, local_port: self.remote_port, remote_port: self.local_port }
+    }
+
     /// Whether it stands for all that ask.
     pub fn is_asking(&self) -> bool {
         (self.remote, self.remote_port) == ([0; 16], [0; 2])

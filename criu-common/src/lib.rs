@@ -2,7 +2,9 @@
 #![no_std]
 
 pub mod gate;
+pub mod kfuncs;
 pub mod offsets;
+pub mod pending;
 pub mod survey;
 pub mod waiting;
 pub mod watch;

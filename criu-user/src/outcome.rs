@@ -154,7 +154,10 @@ fn object_reason(err: &ObjectError) -> Reason {
         ObjectError::Contradiction { .. } => Reason::Image,
         ObjectError::Unsupported { .. } => Reason::Refused,
         ObjectError::Sys(err) => sys_reason(err, Reason::Other),
-        ObjectError::Lock(_) | ObjectError::Connection { .. } | ObjectError::Unpinned { .. } => Reason::Other,
+        ObjectError::Lock(_)
+        | ObjectError::Connection { .. }
+        | ObjectError::Clients { .. }
+        | ObjectError::Unpinned { .. } => Reason::Other,
     }
 }
 

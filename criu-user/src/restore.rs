@@ -49,6 +49,8 @@ pub struct RestoreOptions {
     pub tcp_close: bool,
     /// Whether connections come back as they were.
     pub tcp_established: bool,
+    /// Whether clients that nobody had accepted are dropped.
+    pub skip_in_flight: bool,
     /// How the packets of connections are held meanwhile.
     pub network_lock: NetworkLock,
     /// Whether the tree sees the host's clocks.

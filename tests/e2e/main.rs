@@ -1,6 +1,7 @@
 //! The end-to-end tests: one module per kind of kernel object or program.
 
 mod check;
+mod clients;
 mod commands;
 mod counter;
 mod credentials;

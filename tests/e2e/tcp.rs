@@ -53,8 +53,14 @@ impl Pair {
     }
 
     fn start(case: &str, family: &str, rounds: u32) -> Self {
-        let workload =
-            |case: &str| Workload::new("tcp.py", case).env("E2E_FAMILY", family).env("E2E_ROUNDS", &rounds.to_string());
+        Self::of("tcp.py", case, &[("E2E_FAMILY", family), ("E2E_ROUNDS", &rounds.to_string())])
+    }
+
+    /// A case of a file and its peer, both with this environment.
+    pub(crate) fn of(file: &str, case: &str, environment: &[(&str, &str)]) -> Self {
+        let workload = |case: &str| {
+            environment.iter().fold(Workload::new(file, case), |workload, (name, value)| workload.env(name, value))
+        };
         let mut program = workload(case).start();
         let peer = workload(&format!("{case}_peer")).arg(number(&program, "port").to_string()).start();
         program.next();
@@ -104,7 +110,7 @@ pub(crate) fn kept(row: &Row) -> Row {
 }
 
 /// The same with further words for the dump and for the restore.
-fn also(row: &Row, dump: &[&str], restore: &[&str]) -> Row {
+pub(crate) fn also(row: &Row, dump: &[&str], restore: &[&str]) -> Row {
     let mut options = row.options.clone();
     options.dump.extend(dump.iter().map(OsString::from));
     options.restore.extend(restore.iter().map(OsString::from));
@@ -119,12 +125,12 @@ pub(crate) fn move_once(row: &Row, program: &Program) {
 }
 
 /// What `gate list` prints.
-fn gates(row: &Row, images: &Path) -> String {
+pub(crate) fn gates(row: &Row, images: &Path) -> String {
     row.restorer.call(&["gate".into(), "list".into()], images, "gate").expect_success().printed
 }
 
 /// Gates of this program's that are closed.
-fn gates_of(row: &Row, program: &Program, images: &Path) -> Vec<String> {
+pub(crate) fn gates_of(row: &Row, program: &Program, images: &Path) -> Vec<String> {
     let own = format!("{}-", program.pid());
     let listed = gates(row, images);
     let names = listed.lines().filter(|line| line.starts_with(&own)).filter_map(|line| line.split(' ').next());
@@ -132,7 +138,7 @@ fn gates_of(row: &Row, program: &Program, images: &Path) -> Vec<String> {
 }
 
 /// A script that is called at every moment of a dump or restore.
-fn script(program: &Program, text: &str) -> PathBuf {
+pub(crate) fn script(program: &Program, text: &str) -> PathBuf {
     let path = program.file("script");
     fs::write(&path, format!("#!/bin/sh\n{text}\n")).expect("writing the script");
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("chmod");
@@ -192,18 +198,6 @@ fn syn_sent(row: &Row) {
     peer.go();
     program.finish();
     peer.wait_for_word("ok");
-}
-
-/// A client that nobody has accepted is reason for a refusal, unless it may be dropped.
-fn in_flight(row: &Row) {
-    let mut pair = Pair::start("in_flight", "v4", 1);
-    let images = row.next_images(&pair.program);
-    row.dumper.dump(&pair.program, &images, &kept(row).options).expect_refusal("skip-in-flight");
-    let skipping = row.with(Options { dump: vec!["--skip-in-flight".into()], ..Options::default() });
-    move_once(&skipping, &pair.program);
-    pair.peer.go();
-    pair.program.finish();
-    pair.peer.wait_for_word("ok");
 }
 
 /// Who asks for a connection while the program is away is not told that nobody listens, but asks again.
@@ -319,7 +313,6 @@ rows! {
     reset_v6 => |row| state(row, "reset", "v6");
     many_connections => many;
     request_sent => syn_sent;
-    client_in_flight => in_flight;
     client_asks_later => late_client;
     gate_is_cleared => cleared;
     restore_that_fails => second_restore;

@@ -63,6 +63,9 @@ pub(super) struct RestoreArgs {
     /// Keep TCP connections: their peers notice a pause
     #[arg(long, conflicts_with = "tcp_close")]
     tcp_established: bool,
+    /// Drop clients that no server had accepted
+    #[arg(long)]
+    skip_in_flight: bool,
     /// How the packets of connections are held until the tree runs, unless the dump's own lock still holds them
     #[arg(long, value_name = "METHOD", value_enum, default_value = "ebpf")]
     network_lock: NetworkLock,
@@ -139,6 +142,7 @@ fn options(args: &RestoreArgs) -> Result<RestoreOptions, CliError> {
         ext_unix_sk: args.ext_unix_sk,
         tcp_close: args.tcp_close,
         tcp_established: args.tcp_established,
+        skip_in_flight: args.skip_in_flight,
         network_lock: args.network_lock,
         sibling: args.restore_sibling,
         detached: args.restore_detached || args.exec_cmd,

@@ -124,6 +124,7 @@ kinds! {
     FifoData         "fifo-data"         No      ".img"    Common  0x5933_3054 Payload "What was in FIFOs."
     SkQueues         "sk-queues"         No      ".img"    Common  0x5626_4026 Payload "What was in sockets."
     UdpQueues        "udp-queues"        No      ".img"    Common  0x5544_5051 Payload "What was in UDP sockets. Ours."
+    TcpClients       "tcp-clients"       No      ".img"    Common  0x5443_4c49 Payload "Clients of TCP servers that nobody has accepted. Ours."
     TcpStream        "tcp-stream-"       Hex     ".img"    Common  0x5146_5506 Payload "A TCP connection, by its socket's inode."
     TtyInfo          "tty-info"          No      ".img"    Common  0x5945_3036 Many    "Terminals."
     TtyData          "tty-data"          No      ".img"    Common  0x5941_3026 Many    "What was typed ahead."

@@ -4,7 +4,9 @@ use prost::Message;
 
 use super::{
     ImageError, ImageReader, ImageWriter,
-    proto::{BpfmapDataEntry, IpcMsg, IpcSemEntry, IpcShmEntry, PipeDataEntry, SkPacketEntry, TcpStreamEntry},
+    proto::{
+        BpfmapDataEntry, IpcMsg, IpcSemEntry, IpcShmEntry, PipeDataEntry, SkPacketEntry, TcpClientEntry, TcpStreamEntry,
+    },
 };
 
 /// A message that tells how many bytes follow it.
@@ -32,6 +34,12 @@ impl WithPayload for SkPacketEntry {
 impl WithPayload for TcpStreamEntry {
     fn payload_len(&self) -> u64 {
         u64::from(self.inq_len) + u64::from(self.outq_len)
+    }
+}
+
+impl WithPayload for TcpClientEntry {
+    fn payload_len(&self) -> u64 {
+        self.stream.payload_len()
     }
 }
 

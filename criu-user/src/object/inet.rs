@@ -13,7 +13,7 @@ use super::multicast::{self, Groups};
 use super::sockopt::{self, state};
 use super::tcp::ends::sockaddr;
 use super::tcp::revive::Revival;
-use super::tcp::{Ends, Hold, capture};
+use super::tcp::{Ends, Hold, admit, capture};
 use super::{raw, udp};
 use crate::image::proto::{FdTypes, FileEntry, InetSkEntry};
 use crate::kernel::{SysResult, fd, socket};
@@ -122,7 +122,7 @@ impl FileKind for Inet {
         }
         udp::finish(cx)?;
         let mut hold = cx.shelf.take::<Hold>();
-        let outcome = hold.read(cx);
+        let outcome = hold.look(cx).and_then(|()| if cx.refusals.is_empty() { hold.read(cx) } else { Ok(()) });
         *cx.shelf.get() = hold;
         outcome
     }
@@ -150,6 +150,9 @@ impl FileKind for Inet {
         }
         if is_udp(isk) {
             udp::plan(isk, scope(isk), file, cx)?;
+        }
+        if is_tcp(isk) && isk.state == state::LISTEN {
+            admit::plan(isk, file, cx)?;
         }
         Ok(file)
     }

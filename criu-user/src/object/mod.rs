@@ -131,6 +131,18 @@ pub enum ObjectError {
         /// Why.
         why: String,
     },
+    /// Clients that nobody has accepted could not be read.
+    #[error(
+        "pid {pid}, fd {fd}: the TCP clients that wait to be accepted cannot be read: {why}; --skip-in-flight drops them"
+    )]
+    Clients {
+        /// The process with the listening socket.
+        pid: i32,
+        /// Its descriptor.
+        fd: i32,
+        /// Why.
+        why: String,
+    },
     /// The gate could not be made permanent.
     #[error("the tree runs on, because its connections cannot be held behind it: {why}")]
     Unpinned {

@@ -6,7 +6,7 @@
 
 use std::fs;
 
-use criu_common::offsets::{ABSENT, Offsets, SOURCES, Source};
+use criu_common::offsets::{ABSENT, Offsets, Source};
 
 use super::{EbpfError, EbpfResult};
 
@@ -24,26 +24,26 @@ const TYPEDEF: u32 = 8;
 const CONST_LIKE: [u32; 5] = [TYPEDEF, 9, 10, 11, 18];
 const FUNC: u32 = 12;
 
-/// What the survey needs to know of a kernel.
+/// What a program needs to know of a kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
-    /// Values for [`SOURCES`], in that order.
+    /// A value for each field, in the order in which they were asked for.
     pub offsets: Vec<u32>,
-    /// BTF ids of the functions that stand for the iterators, in the order in which they were asked for.
+    /// BTF ids of functions, such as those that stand for iterators, in the order in which they were asked for.
     pub functions: Vec<u32>,
 }
 
 impl Layout {
     /// Looks everything up in the running kernel.
-    pub fn of_this_kernel(functions: &[&str]) -> EbpfResult<Self> {
+    pub fn of_this_kernel(sources: &[Source], functions: &[&str]) -> EbpfResult<Self> {
         let bytes = fs::read(VMLINUX).map_err(|source| EbpfError::NoBtf { path: VMLINUX, source })?;
-        Self::from_btf(&bytes, functions)
+        Self::from_btf(&bytes, sources, functions)
     }
 
     /// Looks everything up in `bytes`.
-    pub fn from_btf(bytes: &[u8], functions: &[&str]) -> EbpfResult<Self> {
-        let btf = Btf::scan(bytes, &structs_of(SOURCES), functions)?;
-        let offsets = btf.offsets(SOURCES)?;
+    pub fn from_btf(bytes: &[u8], sources: &[Source], functions: &[&str]) -> EbpfResult<Self> {
+        let btf = Btf::scan(bytes, &structs_of(sources), functions)?;
+        let offsets = btf.offsets(sources)?;
         let find = |name: &&str| {
             let found = btf.functions.iter().find(|(known, _)| known == name).map(|(_, id)| *id);
             found.ok_or_else(|| EbpfError::Missing { what: format!("function `{name}`") })
@@ -51,7 +51,12 @@ impl Layout {
         Ok(Self { offsets, functions: functions.iter().map(find).collect::<EbpfResult<_>>()? })
     }
 
-    /// The table that the programs get.
+    /// The table, as programs have it: a `repr(C)` struct of nothing but words.
+    pub fn bytes(&self) -> Vec<u8> {
+        self.offsets.iter().flat_map(|offset| offset.to_ne_bytes()).collect()
+    }
+
+    /// The table of the survey.
     pub fn table(&self) -> EbpfResult<Offsets> {
         Offsets::from_values(&self.offsets).ok_or(EbpfError::BadBtf { at: 0 })
     }

@@ -69,16 +69,24 @@ struct Batch {
 
 /// Enters keys with values of zeros, all at once where the kernel can (Linux 5.6).
 pub fn insert_zeros<const K: usize, const V: usize>(map: BorrowedFd<'_>, keys: &[[u8; K]]) -> BpfResult<()> {
+    insert(map, keys, &vec![[0u8; V]; keys.len()])
+}
+
+/// Enters keys and their values, of which there are as many, likewise.
+pub fn insert<const K: usize, const V: usize>(
+    map: BorrowedFd<'_>,
+    keys: &[[u8; K]],
+    values: &[[u8; V]],
+) -> BpfResult<()> {
     if keys.is_empty() {
         return Ok(());
     }
-    let values = vec![[0u8; V]; keys.len()];
     let batch = Batch {
         in_batch: 0,
         out_batch: 0,
         keys: keys.as_ptr().addr() as u64,
         values: values.as_ptr().addr() as u64,
-        count: keys.len() as u32,
+        count: keys.len().min(values.len()) as u32,
         map_fd: map.as_raw_fd() as u32,
         elem_flags: 0,
         flags: 0,
@@ -89,7 +97,7 @@ pub fn insert_zeros<const K: usize, const V: usize>(map: BorrowedFd<'_>, keys: &
         Err((_, e)) if e.raw_os_error() == Some(libc::EINVAL) => {}
         Err(e) => return Err(e),
     }
-    for (key, value) in keys.iter().zip(&values) {
+    for (key, value) in keys.iter().zip(values) {
         let element = Element {
             map_fd: map.as_raw_fd() as u32,
             padding: 0,
@@ -136,8 +144,11 @@ fn batches<const K: usize, const V: usize>(
     command: (c_int, &'static str),
 ) -> BpfResult<Option<Elements<K, V>>> {
     /// More than any bucket of a map holds: a batch has whole buckets.
-    const ROOM: usize = 8192;
-    let (mut keys, mut values) = (vec![[0u8; K]; ROOM], vec![[0u8; V]; ROOM]);
+    const MOST: usize = 8192;
+    /// Large values are in arrays, which have none.
+    const BYTES: usize = 1 << 20;
+    let room = (BYTES / V.max(1)).clamp(1, MOST);
+    let (mut keys, mut values) = (vec![[0u8; K]; room], vec![[0u8; V]; room]);
     let (mut token, mut found, mut first) = (0u64, Vec::new(), true);
     loop {
         let place = (&raw mut token).expose_provenance() as u64;
@@ -146,7 +157,7 @@ fn batches<const K: usize, const V: usize>(
             out_batch: place,
             keys: keys.as_mut_ptr().expose_provenance() as u64,
             values: values.as_mut_ptr().expose_provenance() as u64,
-            count: ROOM as u32,
+            count: room as u32,
             map_fd: map.as_raw_fd() as u32,
             elem_flags: 0,
             flags: 0,

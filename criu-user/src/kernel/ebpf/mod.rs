@@ -1,5 +1,6 @@
 //! eBPF: the programs that are compiled into the engine, their loading, and what they tell.
 
+pub mod admit;
 pub mod bpf;
 pub mod btf;
 pub mod cache;
@@ -9,6 +10,7 @@ pub mod gate;
 pub mod links;
 pub mod maps;
 pub mod object;
+pub mod pending;
 pub mod restart;
 pub mod survey;
 pub mod waiting;

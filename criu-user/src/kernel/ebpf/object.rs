@@ -32,11 +32,24 @@ pub struct Loaded {
 impl Loaded {
     /// Parses an object, sets `globals` by name, makes its maps.
     pub fn new(name: &'static str, bytes: &[u8], globals: HashMap<&str, (&[u8], bool)>) -> EbpfResult<Self> {
+        Self::with_sizes(name, bytes, globals, &[])
+    }
+
+    /// The same, with other sizes of some maps than they are compiled with.
+    pub fn with_sizes(
+        name: &'static str,
+        bytes: &[u8],
+        globals: HashMap<&str, (&[u8], bool)>,
+        sizes: &[(&str, u32)],
+    ) -> EbpfResult<Self> {
         let bad = |why: String| EbpfError::BadObject { object: name, why };
         let mut object = Object::parse(bytes).map_err(|error| bad(error.to_string()))?;
         object.patch_map_data(globals).map_err(|error| bad(error.to_string()))?;
         let mut maps: Vec<(String, Map, OwnedFd)> = Vec::new();
-        for (of, map) in object.maps.drain() {
+        for (of, mut map) in object.maps.drain() {
+            if let Some((_, size)) = sizes.iter().find(|(name, _)| *name == of) {
+                map.set_max_entries(*size);
+            }
             let made = match map.section_kind() {
                 EbpfSectionKind::Rodata => bpf::globals_map(map.data(), Access::Frozen),
                 EbpfSectionKind::Data | EbpfSectionKind::Bss => bpf::globals_map(map.data(), Access::ReadWrite),
@@ -66,6 +79,21 @@ impl Loaded {
         }
         let maps = maps.into_iter().map(|(name, _, fd)| (name, fd)).collect();
         Ok(Self { name, license: object.license, programs, maps })
+    }
+
+    /// Has the programs call functions of the kernel: each is the number that stands for it
+    /// ([`criu_common::kfuncs`]) and its id.
+    pub fn bind(&mut self, ids: &[(u32, u32)]) {
+        /// BPF_JMP | BPF_CALL
+        const CALL: u8 = 0x85;
+        /// BPF_PSEUDO_KFUNC_CALL
+        const BY_ID: u8 = 2;
+        for instruction in self.programs.values_mut().flatten().filter(|i| i.code == CALL && i.src_reg() == 0) {
+            if let Some((_, id)) = ids.iter().find(|(called, _)| *called == instruction.imm as u32) {
+                instruction.set_src_reg(BY_ID);
+                instruction.imm = *id as i32;
+            }
+        }
     }
 
     /// Takes a map of its own out of the object.

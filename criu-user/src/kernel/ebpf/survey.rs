@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use criu_common::offsets::Offsets;
+use criu_common::offsets::{Offsets, SOURCES};
 use criu_common::survey as record;
 use nix::unistd::Pid;
 
@@ -99,10 +99,9 @@ impl EbpfSurvey {
     pub fn new() -> EbpfResult<Self> {
         let object = OBJECT.ok_or(EbpfError::NotBuilt)?;
         let start = Instant::now();
-        let layout = cache::layout(&FUNCTIONS)?;
+        let layout = cache::layout(SOURCES, &FUNCTIONS)?;
         let offsets = layout.table()?;
-        // Words one after the other, as the table is a `repr(C)` struct of nothing but words.
-        let bytes: Vec<u8> = layout.offsets.iter().flat_map(|offset| offset.to_ne_bytes()).collect();
+        let bytes = layout.bytes();
         let object = Loaded::new("survey", object, HashMap::from([("OFFSETS", (bytes.as_slice(), true))]))?;
         tracing::debug!(took = ?start.elapsed(), "made the eBPF survey ready");
         Ok(Self {

@@ -1,8 +1,7 @@
 //! What waits in connections of unix sockets that nobody has accepted yet: `criu-ebpf/src/waiting.rs`, from the
 //! engine's side.
 //!
-//! It takes some milliseconds, most of them for the kernel's types, which nobody else needs: so it is asked only where a
-//! connection is known to be such a one.
+//! It takes a millisecond or two: so it is asked only where a connection is known to be such a one.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -12,7 +11,7 @@ use criu_common::waiting::{Packet, SOURCES};
 
 use super::object::Loaded;
 use super::survey::read_to_end;
-use super::{EbpfError, EbpfResult, bpf, btf};
+use super::{EbpfError, EbpfResult, bpf, cache};
 
 /// The compiled program; none where the toolchain was missing.
 #[cfg(ebpf_programs)]
@@ -46,12 +45,10 @@ pub struct Waiting {
 /// 5.15, for the iterator over unix sockets.
 pub fn all() -> EbpfResult<HashMap<u64, Vec<Waiting>>> {
     let object = OBJECT.ok_or(EbpfError::NotBuilt)?;
-    let offsets: Vec<u8> = btf::offsets(SOURCES)?.iter().flat_map(|offset| offset.to_ne_bytes()).collect();
-    let (_, ids) = btf::ids(&[FUNCTION])?;
-    let missing = || EbpfError::Missing { what: format!("function `{FUNCTION}`") };
-    let function = ids.first().copied().flatten().ok_or_else(missing)?;
+    let layout = cache::layout(SOURCES, &[FUNCTION])?;
+    let offsets = layout.bytes();
     let object = Loaded::new(PROGRAM, object, HashMap::from([("OFFSETS", (offsets.as_slice(), true))]))?;
-    let program = object.load_iter(PROGRAM, function)?;
+    let program = object.load_iter(PROGRAM, layout.functions[0])?;
     let iterator = bpf::iterate_all(program.as_fd()).map_err(|(command, source)| {
         let on = format!("iterator `{PROGRAM}` over unix sockets");
         EbpfError::Call { command, on, source }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 
-use super::{Ends, Hold, options};
+use super::{Ends, Hold, clients, options};
 use crate::image::proto::{InetSkEntry, TcpOptsEntry};
 use crate::kernel::inet_diag::{self, Asker, TcpSocket};
 use crate::kernel::tcp::{self, Info};
@@ -103,10 +103,16 @@ pub fn capture(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry, facts
 fn listening(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry, info: &Info) -> Result<(), ObjectError> {
     entry.backlog = info.backlog;
     if info.waiting > 0 && !cx.options.tcp_close && !cx.options.skip_in_flight {
-        cx.refuse(seen.refuse(
-            format!("{} TCP client(s) wait to be accepted by the server on port {}", info.waiting, entry.src_port),
-            "dump when it has accepted them, or give --skip-in-flight to drop them",
-        ));
+        match clients::obstacle(cx.options, entry) {
+            Some((why, advice)) => cx.refuse(seen.refuse(
+                format!(
+                    "{} TCP client(s) wait to be accepted by the server on port {}{why}",
+                    info.waiting, entry.src_port
+                ),
+                advice,
+            )),
+            None => cx.shelf.get::<Hold>().clients.add(seen, entry),
+        }
     }
     if cx.options.lock_listeners {
         cx.shelf.get::<Hold>().add_listener(entry)?;

@@ -243,9 +243,11 @@ fn window(state: State, stream: &TcpStreamEntry) -> Option<Window> {
 }
 
 /// The packets that a connection's way back may need.
-struct Packets<'a> {
-    numbers: Numbers,
-    stream: &'a TcpStreamEntry,
+pub(super) struct Packets<'a> {
+    /// The stream's.
+    pub(super) numbers: Numbers,
+    /// The connection.
+    pub(super) stream: &'a TcpStreamEntry,
 }
 
 impl Packets<'_> {
@@ -255,7 +257,7 @@ impl Packets<'_> {
     }
 
     /// The peer's FIN. It acknowledges what the peer had acknowledged.
-    fn peer_fin(&self) -> Segment {
+    pub(super) fn peer_fin(&self) -> Segment {
         let Numbers { received_to, sent_from, .. } = self.numbers;
         Segment { flag: Flag::Fin, seq: received_to, ack: sent_from, window: self.peers_window() }
     }
@@ -272,7 +274,7 @@ impl Packets<'_> {
     }
 
     /// The peer's word that it knows of no connection.
-    fn reset(&self) -> Segment {
+    pub(super) fn reset(&self) -> Segment {
         Segment { flag: Flag::Reset, ..self.peer_fin() }
     }
 
@@ -297,7 +299,8 @@ impl Packets<'_> {
     }
 }
 
-fn scaled(window: u32, scale: u32) -> u16 {
+/// A window as it stands in packets.
+pub(super) fn scaled(window: u32, scale: u32) -> u16 {
     u16::try_from(window.checked_shr(scale).unwrap_or(0)).unwrap_or(u16::MAX)
 }
 

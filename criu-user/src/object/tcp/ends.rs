@@ -19,9 +19,15 @@ pub struct Ends {
 impl Ends {
     /// The ends that an image tells of. `scope` is the number of the interface that link-local addresses are at.
     pub fn of(entry: &InetSkEntry, scope: u32) -> Self {
-        let end = |words: &[u32], port: u32| {
+        let [local, remote] = [(&entry.src_addr[..], entry.src_port), (&entry.dst_addr[..], entry.dst_port)];
+        Self::of_words(entry.family, scope, local, remote)
+    }
+
+    /// The same of addresses of a family, in words as they stand in memory, and ports.
+    pub fn of_words(family: u32, scope: u32, local: (&[u32], u32), remote: (&[u32], u32)) -> Self {
+        let end = |(words, port): (&[u32], u32)| {
             let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
-            match (entry.family as i32, bytes.first_chunk::<16>(), bytes.first_chunk::<4>()) {
+            match (family as i32, bytes.first_chunk::<16>(), bytes.first_chunk::<4>()) {
                 (libc::AF_INET6, Some(v6), _) => {
                     SocketAddr::V6(SocketAddrV6::new(Ipv6Addr::from(*v6), port as u16, 0, scope))
                 }
@@ -29,7 +35,7 @@ impl Ends {
                 _ => SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port as u16),
             }
         };
-        Self { local: end(&entry.src_addr, entry.src_port), remote: end(&entry.dst_addr, entry.dst_port) }
+        Self { local: end(local), remote: end(remote) }
     }
 
     /// The ends as packets have them: an IPv4 address that an IPv6 socket sees as mapped travels as itself.

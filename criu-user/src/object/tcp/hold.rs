@@ -17,6 +17,7 @@ use nix::unistd::Pid;
 use prost::Message;
 use tracing::{debug, info};
 
+use super::clients::Clients;
 use super::lock::LockError;
 use super::read::{TcpError, read_with};
 use super::{Connection, Ends, NetworkLock, State, ends};
@@ -65,6 +66,8 @@ pub struct Hold {
     listeners: Vec<gate::Connection>,
     /// What was read of each, in the same order.
     read: Vec<Connection>,
+    /// Those that nobody has accepted.
+    pub(super) clients: Clients,
 }
 
 /// What the reading process says of one connection.
@@ -99,7 +102,12 @@ impl Hold {
     }
 
     fn is_idle(&self) -> bool {
-        self.sockets.is_empty() && self.listeners.is_empty()
+        self.sockets.is_empty() && self.listeners.is_empty() && self.clients.is_empty()
+    }
+
+    /// Looks at the clients that nobody has accepted, and refuses what cannot be carried over.
+    pub fn look(&mut self, cx: &mut Capture<'_>) -> Result<(), ObjectError> {
+        self.clients.look(cx)
     }
 
     /// Closes the gate, then reads all connections.
@@ -109,8 +117,8 @@ impl Hold {
         }
         if let Some(gate) = &mut self.gate {
             gate.refresh().map_err(LockError::from)?;
-            let keys: Vec<_> =
-                self.sockets.iter().map(|socket| socket.ends.key()).chain(self.listeners.clone()).collect();
+            let sockets = self.sockets.iter().map(|socket| socket.ends.key());
+            let keys: Vec<_> = sockets.chain(self.clients.keys()).chain(self.listeners.clone()).collect();
             gate.lock(&keys).map_err(LockError::from)?;
         }
         let told = parallel::share(&self.sockets, read_apart).into_iter().collect::<SysResult<Vec<_>>>()?.concat();
@@ -129,7 +137,8 @@ impl Hold {
                 isk.state = state as u32;
             }
         });
-        info!(connections = self.sockets.len(), lock = ?self.lock, "connections are held and read");
+        self.clients.read(self.gate.as_mut())?;
+        info!(connections = self.sockets.len(), clients = self.clients.len(), lock = ?self.lock, "connections are held and read");
         Ok(())
     }
 
@@ -140,7 +149,7 @@ impl Hold {
             image.message_with_payload(&connection.stream, &connection.data)?;
             image.finish()?;
         }
-        Ok(())
+        self.clients.write(dir)
     }
 
     /// Lets packets pass again: the tree runs on, and the sockets are as they were.

@@ -24,7 +24,9 @@
 //! # }
 //! ```
 
+pub mod admit;
 pub mod capture;
+pub mod clients;
 pub mod course;
 pub mod ends;
 pub mod hold;

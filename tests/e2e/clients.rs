@@ -1,0 +1,83 @@
+//! Clients of TCP servers that nobody has accepted: the server is moved, and accepts them afterwards.
+
+use e2e::{Options, Row, rows};
+
+use crate::tcp::{Pair, also, gates_of, kept, move_once, script};
+
+fn some(family: &str) -> Pair {
+    Pair::of("clients.py", "some", &[("E2E_FAMILY", family)])
+}
+
+fn moved(row: &Row, family: &str) {
+    let pair = some(family);
+    move_once(&kept(row), &pair.program);
+    pair.finish();
+}
+
+/// They wait all the longer.
+fn moved_twice(row: &Row) {
+    let pair = some("v4");
+    move_once(&kept(row), &pair.program);
+    move_once(&kept(row), &pair.program);
+    pair.finish();
+}
+
+/// A receive buffer that the program has chosen, with as much in it as goes in.
+fn small_buffer(row: &Row) {
+    let pair = Pair::of("clients.py", "some", &[("E2E_BUFFER", "20000")]);
+    move_once(&kept(row), &pair.program);
+    pair.finish();
+}
+
+fn many(row: &Row) {
+    let pair = Pair::of("clients.py", "many", &[("E2E_CLIENTS", "300")]);
+    move_once(&kept(row), &pair.program);
+    pair.finish();
+}
+
+/// A program that runs on has its clients as it had them.
+fn left_running(row: &Row) {
+    let pair = some("v4");
+    let running = also(row, &["--tcp-established", "--leave-running"], &[]);
+    let images = running.next_images(&pair.program);
+    running.dumper.dump(&pair.program, &images, &running.options).expect_success();
+    assert_eq!(gates_of(row, &pair.program, &images), [""; 0], "gates are left");
+    pair.finish();
+}
+
+/// A restore that fails when they are there again leaves them to the next one.
+fn second_restore(row: &Row) {
+    let row = kept(row);
+    let pair = some("v4");
+    let images = row.dump(&pair.program);
+    let script = script(&pair.program, "[ $CRTOOLS_SCRIPT_ACTION != post-restore ]");
+    let failing = also(&row, &[], &["--action-script", script.to_str().expect("a path")]);
+    row.restorer.restore(&images, &failing.options).expect_refusal("gate");
+    row.restore(&pair.program, &images);
+    pair.finish();
+}
+
+/// They may be dropped, at the dump or at the restore; without a word about connections nothing is done.
+fn dropped(row: &Row) {
+    let pair = some("v4");
+    let images = row.next_images(&pair.program);
+    row.dumper.dump(&pair.program, &images, &row.options).expect_refusal("skip-in-flight");
+    let images = kept(row).dump(&pair.program);
+    row.restorer.restore(&images, &row.options).expect_refusal("--tcp-established");
+    let skipping = row.with(Options { restore: vec!["--skip-in-flight".into()], ..Options::default() });
+    skipping.restore(&pair.program, &images);
+    let skipping = row.with(Options { dump: vec!["--skip-in-flight".into()], ..Options::default() });
+    move_once(&skipping, &pair.program);
+}
+
+rows! {
+    v4 => |row| moved(row, "v4");
+    v6 => |row| moved(row, "v6");
+    mapped => |row| moved(row, "mapped");
+    twice => moved_twice;
+    with_a_small_buffer => small_buffer;
+    many_of_them => many;
+    runs_on => left_running;
+    restore_that_fails => second_restore;
+    may_be_dropped => dropped;
+}
