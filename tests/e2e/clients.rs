@@ -1,7 +1,8 @@
 //! Clients of TCP servers that nobody has accepted: the server is moved, and accepts them afterwards.
 
-use e2e::{Options, Row, rows};
+use e2e::{Options, Row, Survey, rows};
 
+use crate::net::Network;
 use crate::tcp::{Pair, also, gates_of, kept, move_once, script};
 
 fn some(family: &str) -> Pair {
@@ -80,4 +81,52 @@ rows! {
     runs_on => left_running;
     restore_that_fails => second_restore;
     may_be_dropped => dropped;
+}
+
+/// Their clients are in a network namespace of their own, at the other end of a cable.
+mod remote {
+    use super::*;
+
+    fn moved(network: &Network, family: &str, environment: &[(&str, &str)]) {
+        let pair = Pair::across(network, ["clients.py", "some"], family, 1, [environment; 2]);
+        move_once(&kept(&Row::ours(Survey::Ebpf)), &pair.program);
+        pair.finish();
+    }
+
+    /// With and without what two ends may agree on.
+    fn whatever_was_agreed_on(number: u8, family: &str) {
+        let network = Network::new(number);
+        let options = ["timestamps", "sack", "window_scaling"];
+        for without in [&options[..], &options[..1], &options[1..2], &options[2..], &[]] {
+            for option in options {
+                network.set(&format!("net.ipv4.tcp_{option}"), if without.contains(&option) { "0" } else { "1" });
+            }
+            moved(&network, family, &[]);
+        }
+    }
+
+    #[test]
+    fn v4() {
+        whatever_was_agreed_on(70, "v4");
+    }
+
+    #[test]
+    fn v6() {
+        whatever_was_agreed_on(71, "v6");
+    }
+
+    /// A reset that is lost is not sent again, so nobody sends one.
+    #[test]
+    fn over_a_lossy_link() {
+        let network = Network::lossy(72);
+        moved(&network, "v4", &[("E2E_WITHOUT", "reset")]);
+    }
+
+    /// Congestion is told, not guessed (ECN).
+    #[test]
+    fn with_congestion_notification() {
+        let network = Network::new(73);
+        network.set("net.ipv4.tcp_ecn", "1");
+        moved(&network, "v4", &[]);
+    }
 }

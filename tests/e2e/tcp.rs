@@ -33,13 +33,13 @@ impl Pair {
     /// The peer is in another network; each of both has an environment of its own.
     pub(crate) fn across(
         network: &Network,
-        case: &str,
+        [file, case]: [&str; 2],
         family: &str,
         rounds: u32,
         [own, peers]: [&[(&str, &str)]; 2],
     ) -> Self {
         let workload = |case: &str, environment: &[(&str, &str)]| {
-            let workload = Workload::new("tcp.py", case)
+            let workload = Workload::new(file, case)
                 .env("E2E_FAMILY", family)
                 .env("E2E_ROUNDS", &rounds.to_string())
                 .env("E2E_ADDRESS", &network.address(family));
@@ -328,7 +328,7 @@ mod remote {
     use crate::net::Network;
 
     fn pair(network: &Network, case: &str, family: &str, rounds: u32) -> Pair {
-        Pair::across(network, case, family, rounds, [&[], &[]])
+        Pair::across(network, ["tcp.py", case], family, rounds, [&[], &[]])
     }
 
     fn stream(number: u8, family: &str) {

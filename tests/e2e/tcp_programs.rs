@@ -77,26 +77,8 @@ fn kept(row: &Row) -> Row {
     row.with(Options::both(&["--tcp-established"]))
 }
 
-/// A dump at a moment in which no client waits to be accepted, which the engine refuses by name: clients under load call
-/// again and again.
-fn dump_between_accepts(row: &Row, program: &Program) -> std::path::PathBuf {
-    let (tree, end) = (program.tree(), Instant::now() + Duration::from_secs(20));
-    loop {
-        let images = row.next_images(program);
-        let outcome = row.dumper.dump(program, &images, &row.options);
-        let waits = !outcome.status.success() && outcome.printed.contains("wait to be accepted");
-        if waits && Instant::now() < end {
-            sleep(Duration::from_millis(20));
-            continue;
-        }
-        outcome.expect_success();
-        program.expect_gone(&tree);
-        return images;
-    }
-}
-
 fn move_once(row: &Row, program: &Program) {
-    let images = dump_between_accepts(row, program);
+    let images = row.dump(program);
     row.restore(program, &images);
 }
 
@@ -266,6 +248,26 @@ impl Clients {
     }
 }
 
+/// Clients that connect anew for each question: some wait to be accepted when the server is moved, and those that come
+/// while it is away ask again.
+fn nginx_with_new_clients(row: &Row) {
+    let row = row.with(Options {
+        dump: ["--tcp-established", "--lock-listeners"].map(Into::into).into(),
+        restore: vec!["--tcp-established".into()],
+        ..Options::default()
+    });
+    let port = free_port();
+    let program = start_nginx(port);
+    let talk = |line: &mut Line, _| {
+        let server = line.get_ref().peer_addr().expect("its address");
+        let stream = TcpStream::connect(server).expect("a connection");
+        stream.set_read_timeout(Some(Duration::from_secs(30))).expect("setting a timeout");
+        *line = BufReader::new(stream);
+        assert_eq!(ask(line, "/"), "hello");
+    };
+    Clients::start(20, port, |_| {}, talk).under_moves(&row, &program);
+}
+
 type Line = BufReader<TcpStream>;
 
 fn tell(line: &mut Line, text: &str) {
@@ -333,6 +335,7 @@ fn node(row: &Row) {
 rows! {
     redis_under_load => redis;
     nginx_with_keepalive => nginx;
+    nginx_under_new_clients => nginx_with_new_clients;
     process_for_each_client => forking;
     terminal_for_each_client => terminal;
     node_with_live_clients => node;

@@ -41,7 +41,7 @@ fn moved(network: &Network, family: &str, options: u8, slow: Slow) -> Vec<Durati
         environment
     };
     let (program, peer) = (own(Slow::Program), own(Slow::Peer));
-    let mut pair = Pair::across(network, "stream", family, cycles(), [&program, &peer]);
+    let mut pair = Pair::across(network, ["tcp.py", "stream"], family, cycles(), [&program, &peer]);
     let row = kept(&Row::ours(Survey::Ebpf));
     let pauses = (0..cycles()).map(|_| {
         move_once(&row, &pair.program);

@@ -43,9 +43,9 @@ fn lives_on(program: &Program) -> bool {
     runs(program)
 }
 
-pub(super) fn in_a_dump(row: &Row) {
+/// `goes_on` is how it is seen that the connection does, if it is seen before the end.
+fn in_a_dump(row: &Row, pair: Pair, goes_on: fn(&Pair)) {
     let row = kept(row);
-    let pair = Pair::start("endless", "v4", 1);
     let images = row.next_images(&pair.program);
     let whole = row.dumper.dump(&pair.program, &images, &row.options).expect_success().took;
     let mut span = Span::new(whole.mul_f32(1.3));
@@ -54,7 +54,7 @@ pub(super) fn in_a_dump(row: &Row) {
     let mut moments = Moments::new();
     let mut restored = 0;
     for _ in 0..kills() {
-        wait_for_progress(&pair);
+        goes_on(&pair);
         let images = row.next_images(&pair.program);
         fs::create_dir_all(&images).expect("creating a directory");
         let words = row.dumper.dump_words(&pair.program, &images, &row.options);
@@ -72,18 +72,17 @@ pub(super) fn in_a_dump(row: &Row) {
         }
     }
     println!("{restored} of {} dumps were complete", kills());
-    wait_for_progress(&pair);
+    goes_on(&pair);
     pair.finish();
 }
 
-pub(super) fn in_a_restore(row: &Row) {
+fn in_a_restore(row: &Row, pair: Pair, goes_on: fn(&Pair)) {
     let row = kept(row);
-    let pair = Pair::start("endless", "v4", 1);
     let images = row.dump(&pair.program);
     let mut span = Span::new(row.restore(&pair.program, &images).outcome.took);
     let mut moments = Moments::new();
     for kill in 0..kills() {
-        wait_for_progress(&pair);
+        goes_on(&pair);
         let images = row.dump(&pair.program);
         let words = row.restorer.restore_words(&images, &row.options);
         span.kill(row.restorer, &words, &mut moments);
@@ -100,11 +99,26 @@ pub(super) fn in_a_restore(row: &Row) {
             row.restore(&pair.program, &images);
         }
     }
-    wait_for_progress(&pair);
+    goes_on(&pair);
     pair.finish();
 }
 
+pub(super) fn stream_in_a_dump(row: &Row) {
+    in_a_dump(row, Pair::start("endless", "v4", 1), wait_for_progress);
+}
+
+pub(super) fn stream_in_a_restore(row: &Row) {
+    in_a_restore(row, Pair::start("endless", "v4", 1), wait_for_progress);
+}
+
+/// Clients that wait to be accepted, from the first kill to the last.
+fn clients() -> Pair {
+    Pair::of("clients.py", "some", &[])
+}
+
 rows! {
-    dump => in_a_dump;
-    restore => in_a_restore;
+    dump => stream_in_a_dump;
+    restore => stream_in_a_restore;
+    dump_with_clients => |row| in_a_dump(row, clients(), |_| {});
+    restore_with_clients => |row| in_a_restore(row, clients(), |_| {});
 }

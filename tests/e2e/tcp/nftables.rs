@@ -41,7 +41,7 @@ fn remote_stream(number: u8, family: &str) {
     let network = Network::new(number);
     filtered(&Row::ours(e2e::Survey::Proc), |row| {
         let row = kept(row);
-        let mut pair = Pair::across(&network, "stream", family, cycles(), [&[], &[]]);
+        let mut pair = Pair::across(&network, ["tcp.py", "stream"], family, cycles(), [&[], &[]]);
         for _ in 0..cycles() {
             move_once(&row, &pair.program);
             pair.program.next();
@@ -79,6 +79,12 @@ rows! {
     gate_is_cleared => |row| filtered(row, cleared);
     restore_that_fails => |row| filtered(row, second_restore);
 
+    clients => |row| filtered(row, |row| {
+        let pair = Pair::of("clients.py", "some", &[]);
+        move_once(&kept(row), &pair.program);
+        pair.finish();
+    });
+
     /// The tree runs on, and so does its connection.
     left_running => |row| filtered(row, |row| {
         let row = kept(row);
@@ -89,6 +95,6 @@ rows! {
         pair.finish();
     });
 
-    killed_in_a_dump => |row| filtered(row, killed::in_a_dump);
-    killed_in_a_restore => |row| filtered(row, killed::in_a_restore);
+    killed_in_a_dump => |row| filtered(row, killed::stream_in_a_dump);
+    killed_in_a_restore => |row| filtered(row, killed::stream_in_a_restore);
 }

@@ -29,7 +29,7 @@ static OBJECT: Option<&[u8]> = None;
 const PROGRAM: &str = "pending";
 /// The kernel function that stands for the iterator, and those that the program calls.
 const FUNCTIONS: [&str; 4] = ["bpf_iter_task_file", kfuncs::NAMES[0], kfuncs::NAMES[1], kfuncs::NAMES[2]];
-/// The first attempt has room for so many pieces: a quarter of a megabyte.
+/// The first attempt has room for so many pieces more than two of each client: a quarter of a megabyte.
 const ROOM: u32 = 64;
 /// More than this, 4 GiB, is not read.
 const MOST: u64 = 1 << 20;
@@ -85,11 +85,13 @@ fn failed(on: &'static str) -> impl FnOnce((&'static str, std::io::Error)) -> Eb
 }
 
 impl Reader {
-    /// One that asks about the listening sockets with these inodes, of which this process must have descriptors.
-    pub fn new(listeners: &[u64]) -> EbpfResult<Self> {
+    /// One that asks about the listening sockets with these inodes, of which this process must have descriptors. About so
+    /// many clients are expected.
+    pub fn new(listeners: &[u64], clients: u32) -> EbpfResult<Self> {
         let listeners: Vec<[u8; 8]> = listeners.iter().map(|ino| ino.to_ne_bytes()).collect();
-        let loaded = Programs::load(&listeners, ROOM)?;
-        Ok(Self { listeners, room: ROOM, loaded })
+        let room = ROOM.saturating_add(clients.saturating_mul(2)).min(MOST as u32);
+        let loaded = Programs::load(&listeners, room)?;
+        Ok(Self { listeners, room, loaded })
     }
 
     /// All that wait there, in the order in which they would be accepted.

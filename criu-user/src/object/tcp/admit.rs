@@ -250,7 +250,7 @@ impl Deed for Receive {
             with_buffer(server, &guest.entry.opts, guest.client.buffer(), arrive)?;
         }
         inodes.dedup();
-        complete(&clients, &wire, &mut Reader::new(&inodes)?)
+        complete(&clients, &wire, &mut Reader::new(&inodes, clients.len() as u32)?)
     }
 }
 

@@ -102,16 +102,18 @@ pub fn capture(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry, facts
 
 fn listening(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry, info: &Info) -> Result<(), ObjectError> {
     entry.backlog = info.backlog;
-    if info.waiting > 0 && !cx.options.tcp_close && !cx.options.skip_in_flight {
+    if !cx.options.tcp_close && !cx.options.skip_in_flight {
         match clients::obstacle(cx.options, entry) {
-            Some((why, advice)) => cx.refuse(seen.refuse(
+            Some((why, advice)) if info.waiting > 0 => cx.refuse(seen.refuse(
                 format!(
                     "{} TCP client(s) wait to be accepted by the server on port {}{why}",
                     info.waiting, entry.src_port
                 ),
                 advice,
             )),
-            None => cx.shelf.get::<Hold>().clients.add(seen, entry),
+            Some(_) => {}
+            // Some may come until requests for connections are dropped.
+            None => cx.shelf.get::<Hold>().clients.add(seen, entry, info.waiting),
         }
     }
     if cx.options.lock_listeners {

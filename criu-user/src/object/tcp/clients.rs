@@ -14,9 +14,10 @@ use super::{Ends, State};
 use crate::dump::DumpOptions;
 use crate::image::proto::{InetSkEntry, TcpClientEntry, TcpStreamEntry};
 use crate::image::{ImageDir, ImageKind};
+use crate::kernel::ebpf::EbpfResult;
 use crate::kernel::ebpf::pending::{Reader, Waiting};
 use crate::kernel::gate::Gate;
-use crate::kernel::tcp::options;
+use crate::kernel::tcp::{self, options};
 use crate::object::file::{Capture, Seen};
 use crate::object::inet::{IPPROTO_MPTCP, split_end};
 use crate::object::tcp::lock::LockError;
@@ -46,7 +47,7 @@ struct Server {
     pid: i32,
     fd: i32,
     /// Open for as long as it is asked about.
-    _file: Arc<OwnedFd>,
+    file: Arc<OwnedFd>,
 }
 
 /// A client as images have it.
@@ -66,20 +67,28 @@ struct Client {
 #[derive(Debug, Default)]
 pub struct Clients {
     servers: Vec<Server>,
+    /// How many there were when the listening sockets were seen.
+    expected: u32,
     reader: Option<Reader>,
     found: Vec<Client>,
 }
 
 impl Clients {
-    /// Adds a listening socket where some wait.
-    pub fn add(&mut self, seen: &Seen, entry: &InetSkEntry) {
-        let (pid, _file) = (seen.pid.as_raw(), Arc::clone(&seen.file));
-        self.servers.push(Server { id: seen.id, ino: entry.ino.into(), pid, fd: seen.fd, _file });
+    /// Adds a listening socket where so many wait as yet.
+    pub fn add(&mut self, seen: &Seen, entry: &InetSkEntry, waiting: u32) {
+        self.expected += waiting;
+        let (pid, file) = (seen.pid.as_raw(), Arc::clone(&seen.file));
+        self.servers.push(Server { id: seen.id, ino: entry.ino.into(), pid, fd: seen.fd, file });
     }
 
     /// Whether there is nothing to carry over.
     pub fn is_empty(&self) -> bool {
-        self.servers.is_empty()
+        self.found.is_empty()
+    }
+
+    /// How many wait by now.
+    pub fn waiting(&self) -> Result<u32, ObjectError> {
+        self.servers.iter().try_fold(0, |sum, server| Ok(sum + tcp::info(&server.file)?.waiting))
     }
 
     /// How many there are.
@@ -89,11 +98,10 @@ impl Clients {
 
     /// The first look, at which more may come at any time: what cannot be carried over is refused.
     pub fn look(&mut self, cx: &mut Capture<'_>) -> Result<(), ObjectError> {
-        if self.servers.is_empty() {
+        if self.expected == 0 {
             return Ok(());
         }
-        let inodes: Vec<u64> = self.servers.iter().map(|server| server.ino).collect();
-        match Reader::new(&inodes).and_then(|reader| self.reader.insert(reader).read()) {
+        match self.reader(self.expected).and_then(|reader| self.reader.insert(reader).read()) {
             Ok(waiting) => self.found = self.clients(waiting),
             Err(err) => {
                 for server in &self.servers {
@@ -110,6 +118,11 @@ impl Clients {
         Ok(())
     }
 
+    fn reader(&self, expected: u32) -> EbpfResult<Reader> {
+        let inodes: Vec<u64> = self.servers.iter().map(|server| server.ino).collect();
+        Reader::new(&inodes, expected)
+    }
+
     /// What the gate knows those by that were found.
     pub fn keys(&self) -> impl Iterator<Item = gate::Connection> {
         self.found.iter().map(|client| client.ends.key())
@@ -120,7 +133,13 @@ impl Clients {
     pub fn read(&mut self, mut gate: Option<&mut Gate>) -> Result<(), ObjectError> {
         /// However many come.
         const ATTEMPTS: u32 = 100;
-        let Some(mut reader) = self.reader.take() else { return Ok(()) };
+        let mut reader = match self.reader.take() {
+            Some(reader) => reader,
+            None => match self.waiting()? {
+                0 => return Ok(()),
+                expected => self.reader(expected).map_err(|err| self.failed(err.to_string()))?,
+            },
+        };
         for _ in 0..ATTEMPTS {
             let held: std::collections::HashSet<gate::Connection> = self.keys().collect();
             let waiting = reader.read().map_err(|err| self.failed(err.to_string()))?;
