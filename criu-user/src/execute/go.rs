@@ -6,6 +6,7 @@ use nix::unistd::Pid;
 
 use super::{ExecuteError, Run, wait_for_interrupt};
 use crate::agent::{AgentError, Batch, Member};
+use crate::kernel::apart::Watchman;
 use crate::kernel::error::During;
 use crate::kernel::mem::ProcessMemory;
 use crate::kernel::ptrace::{self, Stop};
@@ -56,6 +57,9 @@ impl Run<'_> {
         // kernel detaches whatever we have not.
         for task in &alive {
             ptrace::set_options(task.tid, 0)?;
+        }
+        if let Some(Err(err)) = self.watchman.as_ref().map(Watchman::pass) {
+            tracing::warn!(%err, "nobody looks on at the last steps");
         }
         self.connect();
         for task in alive.iter().filter(|t| t.tid != root).chain(alive.iter().filter(|t| t.tid == root)) {

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use criu_common::gate::Held;
 use nix::errno::Errno;
-use nix::sys::signal::{SigSet, SigmaskHow, kill, sigprocmask};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, sigprocmask};
 use nix::unistd::Pid;
 use tracing::{debug, info, warn};
 
@@ -27,6 +27,7 @@ use images::Images;
 use layout::Layout;
 
 use crate::agent::{AgentError, Batch, Crew, Member};
+use crate::kernel::apart::Watchman;
 use crate::kernel::clone;
 use crate::kernel::error::During;
 use crate::kernel::gate::Gate;
@@ -76,7 +77,8 @@ fn execute_blocked(
     let crew = Crew::new(layout.crew, &layout.members(plan))?;
     let mut kernel_at = vec![Vec::new(); plan.tasks.len()];
     kernel_at[0] = layout.kernel.clone();
-    let mut run = Run { plan, options, observer, crew, layout, opened, images, gate, kernel_at, rseq: None };
+    let mut run =
+        Run { plan, options, observer, crew, layout, opened, images, gate, watchman: None, kernel_at, rseq: None };
     let root = run.spawn()?;
     info!(pid = root.as_raw(), "the root of the tree is there");
     if plan.clocks.is_some()
@@ -133,6 +135,8 @@ struct Run<'a> {
     images: Option<Images>,
     /// Holds the packets of connections.
     gate: Option<Gate>,
+    /// Looks on at the last steps.
+    watchman: Option<Watchman>,
     /// Where the kernel's own areas of each task are just now.
     kernel_at: Vec<Vec<KernelArea>>,
     /// Gives up the first task's inherited registration of restartable sequences: its memory goes away.
@@ -206,12 +210,33 @@ impl Run<'_> {
                 self.deeds(stage)?;
             }
         }
+        self.watchman = self.watchman()?;
         self.plan.connections.release.iter().try_for_each(|release| self.deed(release.as_ref()))?;
         info!(tasks = born.len(), "all tasks are complete");
         tell(self.observer, Moment::PostRestore, Some(root))?;
         // Whoever waits for the end of a pipe must not find us at the other one.
         self.opened.keep_only(&self.plan.connections.files);
         self.go(root, &born)
+    }
+
+    /// Somebody who looks on at the last steps, where a dump has left a gate that stays. If we are killed when every task
+    /// runs on without us, he opens it; if only some do, he kills them, and a second restore works.
+    fn watchman(&self) -> Result<Option<Watchman>, ExecuteError> {
+        let Some(name) = self.plan.connections.gate.as_ref().filter(|_| self.gate.is_some()) else { return Ok(None) };
+        let processes: Vec<Pid> =
+            self.plan.tasks.iter().filter(|task| task.role == Role::Leader).map(|task| task.pid).collect();
+        let act = |all_run: bool| {
+            if !all_run {
+                // They have had no time to be forgotten, so that nobody else can be called so by now.
+                for pid in &processes {
+                    let _ = kill(*pid, Signal::SIGKILL);
+                }
+            } else if let Ok(Some(gate)) = Gate::find(name) {
+                // There is nobody to be told if that fails.
+                let _ = gate.unlock().and_then(|_| gate.remove());
+            }
+        };
+        Ok(Some(Watchman::start(act)?))
     }
 
     /// What the engine does after a stage.
@@ -333,7 +358,7 @@ impl Run<'_> {
             let ours =
                 proc::read_text(&format!("/proc/{}/maps", task.tid)).is_ok_and(|maps| maps.contains("memfd:criu-ebpf"));
             if ours || task.tid == root {
-                let _ = kill(task.pid, nix::sys::signal::Signal::SIGKILL);
+                let _ = kill(task.pid, Signal::SIGKILL);
             }
         }
         // A process is gone only when those of its threads that we trace are collected.

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::wait::waitpid;
-use nix::unistd::{ForkResult, fork, pipe2};
+use nix::unistd::{ForkResult, Pid, fork, pipe2};
 
 use super::error::During;
 use super::{SysError, SysResult};
@@ -47,6 +47,75 @@ pub fn run(work: impl FnOnce() -> Result<Vec<u8>, Errno>) -> SysResult<Vec<u8>> 
                 errno => Err(SysError::new("fork", "work apart", Errno::from_raw(errno))),
             }
         }
+    }
+}
+
+/// A process that looks on, and acts if the caller dies.
+///
+/// It leads a session of its own, so that whoever kills the caller's group does not take it along, holds none of the
+/// caller's files, and is gone when this is dropped.
+#[derive(Debug)]
+pub struct Watchman {
+    child: Pid,
+    channel: File,
+}
+
+impl Watchman {
+    /// What is said when the point is passed from which on there is no way back.
+    const PASSED: u8 = b'P';
+    /// What is said when nothing need be done any more.
+    const DONE: u8 = b'D';
+
+    /// Starts one. Should the caller die, it does `act`, and is told whether the point was passed. It runs in a copy of a
+    /// process that may have had further threads: it should do little but system calls.
+    pub fn start(act: impl FnOnce(bool)) -> SysResult<Self> {
+        let (from, to) = pipe2(nix::fcntl::OFlag::O_CLOEXEC).during("pipe2", "watchman")?;
+        // SAFETY: the child runs `act`, which its callers keep to little but system calls, and leaves by _exit.
+        match unsafe { fork() }.during("fork", "watchman")? {
+            ForkResult::Child => {
+                // A leader already would be one of its own.
+                let _ = nix::unistd::setsid();
+                if let Some(passed) = Self::watch(&from) {
+                    act(passed);
+                }
+                // SAFETY: ends this process alone, without running what the parent would run at its end.
+                unsafe { libc::_exit(0) }
+            }
+            ForkResult::Parent { child } => Ok(Self { child, channel: File::from(to) }),
+        }
+    }
+
+    /// Waits for the caller's last word, or its end: then whether the point was passed.
+    fn watch(from: &OwnedFd) -> Option<bool> {
+        // Our copies of the caller's files would keep pipes and sockets open, and its end of this pipe as well.
+        let own = from.as_raw_fd() as u32;
+        // SAFETY: nothing in this process uses any of them again.
+        unsafe {
+            libc::close_range(0, own - 1, 0);
+            libc::close_range(own + 1, u32::MAX, 0);
+        }
+        let (mut passed, mut word) = (false, [0]);
+        loop {
+            match nix::unistd::read(from, &mut word) {
+                Ok(1) if word[0] == Self::PASSED => passed = true,
+                Ok(0) => return Some(passed),
+                Err(Errno::EINTR) => {}
+                _ => return None,
+            }
+        }
+    }
+
+    /// Says that the point is passed.
+    pub fn pass(&self) -> SysResult<()> {
+        (&self.channel).write_all(&[Self::PASSED]).during("write", "watchman")
+    }
+}
+
+impl Drop for Watchman {
+    fn drop(&mut self) {
+        // Without the word it would act; it is a child of ours, and may have been killed by somebody.
+        let _ = (&self.channel).write_all(&[Self::DONE]);
+        let _ = waitpid(self.child, None);
     }
 }
 

@@ -43,6 +43,16 @@ fn lives_on(program: &Program) -> bool {
     runs(program)
 }
 
+fn wait_for_no_gate(row: &Row, pair: &Pair, images: &Path) {
+    for _ in 0..100 {
+        if gates_of(row, &pair.program, images).is_empty() {
+            return;
+        }
+        sleep(Duration::from_millis(10));
+    }
+    panic!("the program runs, and its gate is closed: {:?}", gates_of(row, &pair.program, images));
+}
+
 /// `goes_on` is how it is seen that the connection does, if it is seen before the end.
 fn in_a_dump(row: &Row, pair: Pair, goes_on: fn(&Pair)) {
     let row = kept(row);
@@ -86,14 +96,11 @@ fn in_a_restore(row: &Row, pair: Pair, goes_on: fn(&Pair)) {
         let images = row.dump(&pair.program);
         let words = row.restorer.restore_words(&images, &row.options);
         span.kill(row.restorer, &words, &mut moments);
-        let (alive, closed) = (lives_on(&pair.program), gates_of(&row, &pair.program, &images));
-        println!("after kill {kill}: the program {}, gates {closed:?}", if alive { "runs" } else { "is gone" });
+        let alive = lives_on(&pair.program);
+        println!("after kill {kill}: the program {}", if alive { "runs" } else { "is gone" });
         if alive {
-            // All but the last step was done.
-            for gate in closed {
-                let words = ["gate".into(), "clear".into(), gate.into()];
-                row.restorer.call(&words, &images, "gate").expect_success();
-            }
+            // All but the last step was done, and that is done by somebody else.
+            wait_for_no_gate(&row, &pair, &images);
         } else {
             pair.program.expect_gone(&[pair.program.pid()].into());
             row.restore(&pair.program, &images);
