@@ -1,6 +1,8 @@
 //! Clients of TCP servers that nobody has accepted: the server is moved, and accepts them afterwards.
 
-use e2e::{Options, Row, Survey, rows};
+use std::{ffi::OsString, fs};
+
+use e2e::{Options, Row, Survey, Workload, rows};
 
 use crate::net::Network;
 use crate::tcp::{Pair, also, gates_of, kept, move_once, script};
@@ -71,7 +73,39 @@ fn dropped(row: &Row) {
     move_once(&skipping, &pair.program);
 }
 
+/// What `criu-ebpf tcp` says of them, in the program and in its images.
+fn shown(row: &Row) {
+    let row = kept(row);
+    let pair = some("v4");
+    let images = row.next_images(&pair.program);
+    fs::create_dir_all(&images).expect("creating a directory");
+    let look = |of: OsString| {
+        let said = row.dumper.call(&["tcp".into(), "--json".into(), of], &images, "tcp").expect_success().printed;
+        assert_eq!(said.matches(r#""accepted":false"#).count(), 6, "{said}");
+        for part in
+            [r#""state":"CloseWait","accepted":false,"received":8"#, r#""state":"Close","accepted":false,"received":4"#]
+        {
+            assert!(said.contains(part), "no {part} in {said}");
+        }
+    };
+    look(pair.program.pid().to_string().into());
+    row.dumper.dump(&pair.program, &images, &row.options).expect_success();
+    pair.program.expect_gone(&[pair.program.pid()].into());
+    look(images.clone().into());
+    row.restore(&pair.program, &images);
+    pair.finish();
+}
+
+fn refused(row: &Row, case: &str, reason: &str) {
+    kept(row).refused(&Workload::new("clients.py", case), reason);
+}
+
 rows! {
+    table => shown;
+    in_one_tree => |row| kept(row).check(&Workload::new("clients.py", "both_ends"));
+    urgent_data => |row| refused(row, "urgent", "has sent urgent data");
+    at_one_interface => |row| refused(row, "at_one_interface", "at one interface alone");
+    of_mptcp => |row| refused(row, "of_mptcp", "MPTCP");
     v4 => |row| moved(row, "v4");
     v6 => |row| moved(row, "v6");
     mapped => |row| moved(row, "mapped");

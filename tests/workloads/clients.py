@@ -5,6 +5,7 @@ buffer, where it is not the kernel's; `E2E_WITHOUT` is a kind of client that is 
 """
 
 import os
+import select
 import socket
 import struct
 import time
@@ -149,6 +150,63 @@ def many_peer():
     yield
     for n, end in enumerate(ends):
         equal(end.recv(100), b"%d" % -n, "the answer")
+
+
+def own(server, deed):
+    """The program's own client, which does something; it is told whether it has come after all."""
+    client = socket.create_connection(server.getsockname()[:2])
+    deed(client)
+    wait_for(lambda: waiting(server) == 1, "the client", 20)
+    time.sleep(0.1)
+    yield
+    server.accept()
+
+
+@case
+def urgent():
+    yield from own(listener(), lambda client: client.send(b"!", socket.MSG_OOB))
+
+
+@case
+def at_one_interface():
+    server = listener()
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+    yield from own(server, lambda client: client.send(b"hello"))
+
+
+@case
+def of_mptcp():
+    server = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+    server.bind(("127.0.0.1", 0))
+    server.listen(8)
+    client = socket.create_connection(server.getsockname())
+    time.sleep(0.1)
+    yield
+    server.accept()
+    client.close()
+
+
+@case
+def both_ends():
+    """A server and its client in one tree, and the server waits by epoll."""
+    server = listener()
+    poll = select.epoll()
+    poll.register(server, select.EPOLLIN | select.EPOLLET)
+    client = socket.create_connection(server.getsockname()[:2])
+    client.sendall(b"hello")
+    equal(poll.poll(5), [(server.fileno(), select.EPOLLIN)], "what epoll says of the first")
+    second = socket.create_connection(server.getsockname()[:2])
+    yield
+    server.settimeout(5)
+    equal(poll.poll(5), [(server.fileno(), select.EPOLLIN)], "what epoll says of the second")
+    first = server.accept()[0]
+    equal(first.recv(100), b"hello", "what the client has said")
+    other = server.accept()[0]
+    for one, two in ((client, first), (first, client), (second, other), (other, second)):
+        one.sendall(b"afterwards")
+        equal(two.recv(100), b"afterwards", "what is said afterwards")
+    client.close()
+    equal(first.recv(100), b"", "the end")
 
 
 main()

@@ -53,6 +53,9 @@ fn print_row(row: &Row) {
         row.unsent,
         row.agreed.join(", ")
     ));
+    if !row.accepted {
+        say(format_args!("{:>12} waits to be accepted", ""));
+    }
     if let Some(why) = &row.refused {
         say(format_args!("{:>12} would be refused: it {why}", ""));
     }

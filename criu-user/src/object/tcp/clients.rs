@@ -196,6 +196,12 @@ impl Client {
     }
 }
 
+/// A client as images have it, but for whose it is, and why it cannot be carried over.
+pub fn described(waiting: &Waiting) -> (TcpClientEntry, Option<&'static str>) {
+    let ends = ends(&waiting.client);
+    (entry(waiting, &ends, 0), unsupported(waiting, &ends))
+}
+
 /// The ends of a client's connection, the server's as the local one.
 pub fn ends(client: &pending::Client) -> Ends {
     let words = |bytes: &[u8; 16]| -> Vec<u32> {

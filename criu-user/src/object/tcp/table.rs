@@ -9,9 +9,10 @@ use nix::unistd::Pid;
 use serde::Serialize;
 
 use super::capture::{closed_was_connected, unsupported};
-use super::{Ends, State};
-use crate::image::proto::{FileEntry, InetSkEntry, TcpStreamEntry};
+use super::{Ends, State, clients};
+use crate::image::proto::{FileEntry, InetSkEntry, TcpClientEntry, TcpStreamEntry};
 use crate::image::{ImageDir, ImageKind};
+use crate::kernel::ebpf::pending::{Reader, Waiting};
 use crate::kernel::pidfd::PidFd;
 use crate::kernel::tcp::{self, Lengths, options};
 use crate::kernel::{inet_diag, proc, socket};
@@ -31,6 +32,8 @@ pub struct Row {
     pub remote: String,
     /// How far it is.
     pub state: State,
+    /// Whether the program has it; else it waits to be accepted by the listening socket that is told of.
+    pub accepted: bool,
     /// Bytes that wait to be read.
     pub received: u32,
     /// Bytes that the peer has not acknowledged.
@@ -47,6 +50,7 @@ pub struct Row {
 pub fn of_tree(root: Pid) -> Result<Vec<Row>, ObjectError> {
     let diag = inet_diag::all()?;
     let (mut rows, mut seen, mut open) = (Vec::new(), HashSet::new(), vec![root]);
+    let mut servers = Vec::new();
     while let Some(pid) = open.pop() {
         let pidfd = PidFd::open(pid)?;
         for fd in proc::descriptors(pid)? {
@@ -55,13 +59,55 @@ pub fn of_tree(root: Pid) -> Result<Vec<Row>, ObjectError> {
             let Ok(stat) = nix::sys::stat::fstat(&file) else { continue };
             if is_tcp(&file) && seen.insert(stat.st_ino) {
                 rows.extend(of_socket(&file, pid, fd, diag.get(&(stat.st_ino as u32)).copied())?);
+                let info = tcp::info(&file)?;
+                if u32::from(info.state) == sockopt::state::LISTEN && info.waiting > 0 {
+                    servers.push((stat.st_ino, pid, fd, file));
+                }
             }
         }
         for tid in proc::threads(pid)? {
             open.extend(proc::children(pid, tid).unwrap_or_default());
         }
     }
+    rows.extend(of_clients(&servers));
     Ok(rows)
+}
+
+/// Those that wait to be accepted by these listening sockets: none where nobody can look at them.
+fn of_clients(servers: &[(u64, Pid, i32, OwnedFd)]) -> Vec<Row> {
+    if servers.is_empty() {
+        return Vec::new();
+    }
+    let inodes: Vec<u64> = servers.iter().map(|(ino, ..)| *ino).collect();
+    let waiting = Reader::new(&inodes, 0).and_then(|mut reader| reader.read()).unwrap_or_else(|err| {
+        tracing::warn!(%err, "clients that wait to be accepted are left out");
+        Vec::new()
+    });
+    let row = |one: &Waiting| {
+        let (_, pid, fd, _) = servers.iter().find(|(ino, ..)| *ino == one.client.listener)?;
+        let (entry, refused) = clients::described(one);
+        Some(Row { refused: refused.map(str::to_owned), ..of_client(&entry, Some((*pid, *fd)))? })
+    };
+    waiting.iter().filter_map(row).collect()
+}
+
+fn of_client(client: &TcpClientEntry, server: Option<(Pid, i32)>) -> Option<Row> {
+    let (local, remote) = ((&client.src_addr[..], client.src_port), (&client.dst_addr[..], client.dst_port));
+    let ends = Ends::of_words(client.family, 0, local, remote);
+    let stream = &client.stream;
+    Some(Row {
+        pid: server.map(|(pid, _)| pid.as_raw()),
+        fd: server.map(|(_, fd)| fd),
+        local: ends.local.to_string(),
+        remote: ends.remote.to_string(),
+        state: State::of_number(client.state)?,
+        accepted: false,
+        received: stream.inq_len,
+        unacknowledged: 0,
+        unsent: 0,
+        agreed: agreed(stream.opt_mask, stream.snd_wscale, stream.rcv_wscale()),
+        refused: None,
+    })
 }
 
 fn is_tcp(file: &OwnedFd) -> bool {
@@ -100,6 +146,7 @@ fn of_socket(
         local: ends.local.to_string(),
         remote: ends.remote.to_string(),
         state,
+        accepted: true,
         received,
         unacknowledged,
         unsent,
@@ -125,12 +172,19 @@ pub fn of_images(dir: &ImageDir) -> Result<Vec<Row>, ObjectError> {
             local: ends.local.to_string(),
             remote: ends.remote.to_string(),
             state,
+            accepted: true,
             received: stream.inq_len,
             unacknowledged: stream.outq_len,
             unsent: stream.unsq_len(),
             agreed: agreed(stream.opt_mask, stream.snd_wscale, stream.rcv_wscale()),
             refused: None,
         });
+    }
+    if dir.exists(ImageKind::TcpClients)? {
+        let mut reader = dir.reader(ImageKind::TcpClients)?;
+        while let Some((client, _)) = reader.message_over_payload::<TcpClientEntry>()? {
+            rows.extend(of_client(&client, None));
+        }
     }
     Ok(rows)
 }
