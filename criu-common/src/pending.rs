@@ -48,7 +48,7 @@ pub struct Client {
     pub ports: [[u8; 2]; 2],
     /// AF_INET or AF_INET6.
     pub family: u16,
-    /// As in `TCP_ESTABLISHED`.
+    /// As in `TCP_ESTABLISHED`; `TCP_NEW_SYN_RECV` where the handshake is not over.
     pub state: u8,
     /// `TCP_ECN_OK` and others.
     pub ecn: u8,
@@ -92,8 +92,12 @@ pub struct Client {
     pub sack: u8,
     /// Whether some of its data is where no program can read it.
     pub unreadable: u8,
+    /// Whether it has asked for MPTCP.
+    pub mptcp: u8,
+    /// The largest segment that we take, without what timestamps need.
+    pub advmss: u16,
     /// None.
-    pub padding: [u8; 5],
+    pub padding: [u8; 2],
 }
 
 /// How the reading went.
@@ -102,6 +106,8 @@ pub struct Client {
 pub struct Told {
     /// How many pieces there were: where it is more than there was room for, the others were not written.
     pub pieces: u64,
+    /// How many handshakes with the listening sockets are not over.
+    pub requests: u64,
     /// What is added to 64 times the address of a `struct page` for the address of its memory; 0: not found.
     pub memory: u64,
 }
@@ -191,6 +197,10 @@ offsets! {
     skc_rcv_saddr: needed "sock_common" "skc_rcv_saddr";
     skc_v6_daddr: optional "sock_common" "skc_v6_daddr";
     skc_v6_rcv_saddr: optional "sock_common" "skc_v6_rcv_saddr";
+    skc_num: needed "sock_common" "skc_num";
+    skc_listener: needed "sock_common" "skc_listener";
+    sock_socket: needed "sock" "sk_socket";
+    socket_inode: needed "socket_alloc" "vfs_inode";
     sock_queue: needed "sock" "sk_receive_queue";
     sock_rcvbuf: needed "sock" "sk_rcvbuf";
     socket_sk: needed "socket" "sk";
@@ -198,8 +208,28 @@ offsets! {
     inode_mode: needed "inode" "i_mode";
     inet_sport: needed "inet_sock" "inet_sport";
     accept_head: needed "inet_connection_sock" "icsk_accept_queue.rskq_accept_head";
+    accept_requests: needed "inet_connection_sock" "icsk_accept_queue.qlen";
     request_next: needed "request_sock" "dl_next";
     request_sk: needed "request_sock" "sk";
+    request_mss: needed "request_sock" "mss";
+    request_ts_recent: needed "request_sock" "ts_recent";
+    asked_timestamps: needed "inet_request_sock" "tstamp_ok";
+    asked_timestamps_bit: needed "inet_request_sock" "tstamp_ok#bit";
+    asked_scaled: needed "inet_request_sock" "wscale_ok";
+    asked_scaled_bit: needed "inet_request_sock" "wscale_ok#bit";
+    asked_sack: needed "inet_request_sock" "sack_ok";
+    asked_sack_bit: needed "inet_request_sock" "sack_ok#bit";
+    asked_ecn: needed "inet_request_sock" "ecn_ok";
+    asked_ecn_bit: needed "inet_request_sock" "ecn_ok#bit";
+    asked_snd_wscale: needed "inet_request_sock" "snd_wscale";
+    asked_snd_wscale_bit: needed "inet_request_sock" "snd_wscale#bit";
+    asked_rcv_wscale: needed "inet_request_sock" "rcv_wscale";
+    asked_rcv_wscale_bit: needed "inet_request_sock" "rcv_wscale#bit";
+    asked_rcv_isn: needed "tcp_request_sock" "rcv_isn";
+    asked_snt_isn: needed "tcp_request_sock" "snt_isn";
+    asked_ts_offset: needed "tcp_request_sock" "ts_off";
+    asked_microseconds: optional "tcp_request_sock" "req_usec_ts";
+    asked_mptcp: optional "tcp_request_sock" "is_mptcp";
 
     tcp_copied_seq: needed "tcp_sock" "copied_seq";
     tcp_rcv_nxt: needed "tcp_sock" "rcv_nxt";
@@ -215,6 +245,7 @@ offsets! {
     tcp_urgent: needed "tcp_sock" "urg_data";
     tcp_md5: optional "tcp_sock" "md5sig_info";
     tcp_ao: optional "tcp_sock" "ao_info";
+    tcp_advmss: needed "tcp_sock" "advmss";
     tcp_ts_recent: needed "tcp_sock" "rx_opt.ts_recent";
     tcp_mss: needed "tcp_sock" "rx_opt.mss_clamp";
     tcp_timestamps: needed "tcp_sock" "rx_opt.tstamp_ok";

@@ -10,6 +10,9 @@
 //! Most data is in pages, which a program can read only by their address. So the engine has a page with known content
 //! ready, and the program looks where the kernel sees it: that is the same distance for all.
 //!
+//! Those whose handshake is not over are in the kernel's table of connections, which is gone through only where a listening
+//! socket has any.
+//!
 //! On another target than BPF this is an empty program: so that clippy and the editor can look at it.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
@@ -39,8 +42,9 @@ static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 
 /// Without room set aside.
 const BPF_F_NO_PREALLOC: u32 = 1;
-/// TCP_LISTEN
+/// TCP_LISTEN and TCP_NEW_SYN_RECV
 const LISTEN: u8 = 10;
+const NEW_SYN_RECV: u8 = 12;
 /// S_IFMT and S_IFSOCK.
 const TYPE: u16 = 0o170_000;
 const SOCKET: u16 = 0o140_000;
@@ -144,12 +148,51 @@ extern "C" fn pending(ctx: *const Context) -> i32 {
             walk!(step = 0);
             kfuncs::repeat(2 * REACH, || find_memory());
         }
+        if let Some(told) = TOLD.get_ptr_mut(0) {
+            (*told).requests += u64::from(get::<u32>(listener, off!(accept_requests)));
+        }
         walk!(listener = number);
         walk!(request = get(listener, off!(accept_head)));
         walk!(skb = 0);
         walk!(outer = 0);
         walk!(left = 0);
         kfuncs::repeat(STEPS, || step());
+    }
+    0
+}
+
+/// `struct bpf_iter__tcp`
+#[repr(C)]
+struct TcpContext {
+    meta: *const c_void,
+    socket: *const c_void,
+    uid: u32,
+}
+
+/// `iter/tcp`: a [`Piece`] for each client whose handshake with one of the listening sockets is not over.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/tcp")]
+extern "C" fn requests(ctx: *const TcpContext) -> i32 {
+    // SAFETY: the kernel fills the context in; all else is read by a helper that checks the address.
+    unsafe {
+        let request = (*ctx).socket as u64;
+        if request == 0 || get::<u8>(request, off!(skc_state)) != NEW_SYN_RECV {
+            return 0;
+        }
+        let listener: u64 = get(request, off!(skc_listener));
+        let socket: u64 = get(listener, off!(sock_socket));
+        if socket == 0 {
+            return 0;
+        }
+        let number: u64 = get(socket + u64::from(off!(socket_inode)), off!(inode_ino));
+        if LISTENERS.get(number).is_none() {
+            return 0;
+        }
+        if let Some(piece) = place() {
+            (*piece).kind = CLIENT;
+            (*piece).length = size_of::<Client>() as u32;
+            describe_request((&raw mut (*piece).bytes).cast(), number, request, listener);
+        }
     }
     0
 }
@@ -360,24 +403,36 @@ unsafe fn bits(socket: u64, offset: u32, bit: u32, mask: u8) -> u8 {
     unsafe { get::<u8>(socket, offset) >> bit & mask }
 }
 
+/// What sockets and requests have in common: whose it is, and both ends but for our port. `signs` is what has the keys of
+/// signed packets.
 #[inline(always)]
-unsafe fn describe(client: *mut Client, socket: u64) {
+unsafe fn describe_common(client: *mut Client, listener: u64, socket: u64, signs: u64) {
     // SAFETY: all is read by a helper that checks the address.
     unsafe {
         let v6 = get::<u16>(socket, off!(skc_family)) == 10 && off!(skc_v6_daddr) != ABSENT;
         let [from, to] =
             if v6 { [off!(skc_v6_rcv_saddr), off!(skc_v6_daddr)] } else { [off!(skc_rcv_saddr), off!(skc_daddr)] };
-        let pointer = |offset: u32| if offset == ABSENT { 0 } else { get::<u64>(socket, offset) };
-        (*client).listener = walk!(listener);
+        let pointer = |offset: u32| if offset == ABSENT { 0 } else { get::<u64>(signs, offset) };
+        (*client).listener = listener;
         (*client).now = bpf_ktime_get_ns();
         (*client).keys = [pointer(off!(tcp_md5)), pointer(off!(tcp_ao))];
         (*client).local = get(socket, from);
         (*client).remote = get(socket, to);
-        (*client).ports = [get(socket, off!(inet_sport)), get(socket, off!(skc_dport))];
         (*client).family = get(socket, off!(skc_family));
         (*client).state = get(socket, off!(skc_state));
-        (*client).ecn = if off!(tcp_ecn) == ABSENT { 0 } else { get(socket, off!(tcp_ecn)) };
         (*client).interface = get(socket, off!(skc_interface));
+        (*client).unreadable = 0;
+        (*client).mptcp = 0;
+    }
+}
+
+#[inline(always)]
+unsafe fn describe(client: *mut Client, socket: u64) {
+    // SAFETY: all is read by a helper that checks the address.
+    unsafe {
+        describe_common(client, walk!(listener), socket, socket);
+        (*client).ports = [get(socket, off!(inet_sport)), get(socket, off!(skc_dport))];
+        (*client).ecn = if off!(tcp_ecn) == ABSENT { 0 } else { get(socket, off!(tcp_ecn)) };
         (*client).copied_seq = get(socket, off!(tcp_copied_seq));
         (*client).rcv_nxt = get(socket, off!(tcp_rcv_nxt));
         (*client).snd_nxt = get(socket, off!(tcp_snd_nxt));
@@ -389,6 +444,7 @@ unsafe fn describe(client: *mut Client, socket: u64) {
         (*client).ts_recent = get(socket, off!(tcp_ts_recent));
         (*client).ts_offset = get(socket, off!(tcp_ts_offset));
         (*client).mss = get(socket, off!(tcp_mss));
+        (*client).advmss = get(socket, off!(tcp_advmss));
         (*client).urgent = get(socket, off!(tcp_urgent));
         (*client).timestamps = bits(socket, off!(tcp_timestamps), off!(tcp_timestamps_bit), 1);
         (*client).microseconds = if off!(tcp_microseconds) == ABSENT {
@@ -400,7 +456,40 @@ unsafe fn describe(client: *mut Client, socket: u64) {
         (*client).snd_wscale = bits(socket, off!(tcp_snd_wscale), off!(tcp_snd_wscale_bit), 15);
         (*client).rcv_wscale = bits(socket, off!(tcp_rcv_wscale), off!(tcp_rcv_wscale_bit), 15);
         (*client).sack = is_set(bits(socket, off!(tcp_sack), off!(tcp_sack_bit), 7).into());
-        (*client).unreadable = 0;
+    }
+}
+
+/// A request counts from the numbers of both first packets.
+#[inline(always)]
+unsafe fn describe_request(client: *mut Client, number: u64, request: u64, listener: u64) {
+    // SAFETY: all is read by a helper that checks the address.
+    unsafe {
+        let flag = |offset: u32| if offset == ABSENT { 0 } else { get::<u8>(request, offset) };
+        let received = get::<u32>(request, off!(asked_rcv_isn)).wrapping_add(1);
+        let sent = get::<u32>(request, off!(asked_snt_isn)).wrapping_add(1);
+        describe_common(client, number, request, listener);
+        (*client).ports = [get::<u16>(request, off!(skc_num)).to_be_bytes(), get(request, off!(skc_dport))];
+        (*client).ecn = bits(request, off!(asked_ecn), off!(asked_ecn_bit), 1);
+        (*client).copied_seq = received;
+        (*client).rcv_nxt = received;
+        (*client).rcv_wup = received;
+        (*client).snd_nxt = sent;
+        (*client).snd_una = sent;
+        (*client).snd_wnd = 0;
+        (*client).rcv_wnd = 0;
+        (*client).rcvbuf = get(listener, off!(sock_rcvbuf));
+        (*client).ts_recent = get(request, off!(request_ts_recent));
+        (*client).ts_offset = get(request, off!(asked_ts_offset));
+        (*client).mss = get(request, off!(request_mss));
+        (*client).advmss = 0;
+        (*client).urgent = 0;
+        (*client).timestamps = bits(request, off!(asked_timestamps), off!(asked_timestamps_bit), 1);
+        (*client).microseconds = flag(off!(asked_microseconds));
+        (*client).scaled = bits(request, off!(asked_scaled), off!(asked_scaled_bit), 1);
+        (*client).snd_wscale = bits(request, off!(asked_snd_wscale), off!(asked_snd_wscale_bit), 15);
+        (*client).rcv_wscale = bits(request, off!(asked_rcv_wscale), off!(asked_rcv_wscale_bit), 15);
+        (*client).sack = bits(request, off!(asked_sack), off!(asked_sack_bit), 1);
+        (*client).mptcp = flag(off!(asked_mptcp));
     }
 }
 

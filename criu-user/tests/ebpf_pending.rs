@@ -5,7 +5,7 @@ use std::io::Write;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 
-use criu_user::kernel::ebpf::pending::{Reader, Waiting};
+use criu_user::kernel::ebpf::pending::{Reader, Waiting, Which};
 
 fn inode(listener: &TcpListener) -> u64 {
     nix::sys::stat::fstat(listener).unwrap_or_else(|e| panic!("fstat of {}: {e}", listener.as_raw_fd())).st_ino
@@ -45,7 +45,7 @@ fn clients_are_told_in_order_with_all_that_they_have_sent() {
             clients[3].write_all(word).expect("sent");
         }
         std::thread::sleep(std::time::Duration::from_millis(50));
-        let mut reader = Reader::new(&[inode(&listener)], 1).expect("a reader");
+        let mut reader = Reader::new(&[inode(&listener)], 1, Which::All).expect("a reader");
         let found = reader.read().expect("read");
         let ports: Vec<u16> = clients.iter().map(|c| c.local_addr().expect("an address").port()).collect();
         assert_eq!(found.iter().map(port_of).collect::<Vec<_>>(), ports);

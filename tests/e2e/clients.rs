@@ -60,6 +60,13 @@ fn second_restore(row: &Row) {
     pair.finish();
 }
 
+/// The server has not heard of them yet.
+fn deferred(row: &Row, family: &str) {
+    let pair = Pair::of("clients.py", "deferred", &[("E2E_FAMILY", family)]);
+    move_once(&kept(row), &pair.program);
+    pair.finish();
+}
+
 /// They may be dropped, at the dump or at the restore; without a word about connections nothing is done.
 fn dropped(row: &Row) {
     let pair = some("v4");
@@ -110,6 +117,9 @@ rows! {
     v6 => |row| moved(row, "v6");
     mapped => |row| moved(row, "mapped");
     twice => moved_twice;
+    deferred_v4 => |row| deferred(row, "v4");
+    deferred_v6 => |row| deferred(row, "v6");
+    deferred_mapped => |row| deferred(row, "mapped");
     with_a_small_buffer => small_buffer;
     many_of_them => many;
     runs_on => left_running;
@@ -147,6 +157,32 @@ mod remote {
     #[test]
     fn v6() {
         whatever_was_agreed_on(71, "v6");
+    }
+
+    /// One that has asked, and has not heard the answer.
+    fn asking(number: u8, family: &str) {
+        let network = Network::new(number);
+        network.lose_answers();
+        let row = Row::ours(Survey::Ebpf).with(Options {
+            dump: ["--tcp-established", "--lock-listeners"].map(Into::into).into(),
+            restore: vec!["--tcp-established".into()],
+            ..Options::default()
+        });
+        let pair = Pair::across(&network, ["clients.py", "asking"], family, 1, [&[], &[]]);
+        let images = row.dump(&pair.program);
+        network.find_answers();
+        row.restore(&pair.program, &images);
+        pair.finish();
+    }
+
+    #[test]
+    fn asking_v4() {
+        asking(74, "v4");
+    }
+
+    #[test]
+    fn asking_v6() {
+        asking(75, "v6");
     }
 
     /// A reset that is lost is not sent again, so nobody sends one.

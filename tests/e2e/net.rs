@@ -73,6 +73,25 @@ impl Network {
         ip(&format!("netns exec {} sysctl -q -w {name}={value}", self.name));
     }
 
+    /// What we send there gets lost, as nobody has the address that it goes to. What comes from there comes.
+    pub fn lose_answers(&self) {
+        self.neighbours("replace", " lladdr 02:00:00:00:00:01 nud permanent");
+    }
+
+    /// What we send there comes again.
+    pub fn find_answers(&self) {
+        self.neighbours("del", "");
+    }
+
+    fn neighbours(&self, verb: &str, how: &str) {
+        let (pid, number) = (std::process::id(), self.name.rsplit('-').next().expect("a number"));
+        for family in ["v4", "v6"] {
+            let own = self.address(family);
+            let peer = format!("{}2", own.strip_suffix('1').expect("the first address"));
+            ip(&format!("neigh {verb} {peer} dev e{pid}-{number}{how}"));
+        }
+    }
+
     /// How many packets came late and how many not at all, so far.
     pub fn troubles(&self) -> (u64, u64) {
         let link = self.link.as_ref().expect("a network that loses packets");

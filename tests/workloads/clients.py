@@ -4,14 +4,16 @@ As in `tcp.py`, the peer is the case with `_peer` behind its name. `E2E_BUFFER` 
 buffer, where it is not the kernel's; `E2E_WITHOUT` is a kind of client that is left out.
 """
 
+import errno
 import os
 import select
 import socket
 import struct
+import sys
 import time
 
 from lib import case, check, equal, main, wait_for
-from network import CLOSE_WAIT, ESTABLISHED, announce, call, everything, info, listener, piece, same, segment, state
+from network import ADDRESS, CLOSE_WAIT, ESTABLISHED, FAMILY, announce, call, everything, info, listener, piece, same, segment, state
 
 BUFFER = int(os.environ.get("E2E_BUFFER", "0"))
 # What the one sends in all that has filled the program's buffer.
@@ -150,6 +152,69 @@ def many_peer():
     yield
     for n, end in enumerate(ends):
         equal(end.recv(100), b"%d" % -n, "the answer")
+
+
+@case
+def deferred():
+    """A server that is told of clients when they have said something: until then, they have come and it has not heard."""
+    sock = listener()
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 100)
+    announce(sock.getsockname()[1])
+    yield
+    time.sleep(0.2)
+    equal(waiting(sock), 0, "clients that wait")
+    yield
+    sock.settimeout(20)
+    ends = [sock.accept()[0] for _ in range(2)]
+    fresh = sock.accept()[0]
+    for end in (*ends, fresh):
+        equal(end.recv(100), b"at last", "what the client says")
+        end.sendall(b"answer")
+        equal((agreed(end), segment(end)), (agreed(fresh), segment(fresh)), "what was agreed on")
+
+
+@case
+def deferred_peer():
+    ends = [call(), call()]
+    yield
+    ends.append(call())
+    for end in ends:
+        end.sendall(b"at last")
+    for end in ends:
+        equal(end.recv(100), b"answer", "the answer")
+
+
+@case
+def asking():
+    """A client that has asked for a connection, and has not heard the answer."""
+    sock = listener()
+    announce(sock.getsockname()[1])
+    yield
+    time.sleep(0.2)
+    equal(waiting(sock), 0, "clients that wait")
+    yield
+    sock.settimeout(20)
+    end = sock.accept()[0]
+    end.sendall(b"welcome")
+    equal(end.recv(100), b"thanks", "what the client says")
+    fresh = sock.accept()[0]
+    equal((agreed(end), segment(end)), (agreed(fresh), segment(fresh)), "what was agreed on")
+
+
+@case
+def asking_peer():
+    sock = socket.socket(socket.AF_INET6 if FAMILY == "v6" else socket.AF_INET)
+    sock.setblocking(False)
+    equal(sock.connect_ex((ADDRESS, int(sys.argv[2]))), errno.EINPROGRESS, "what connect says")
+    equal(select.select([], [sock], [], 0.3)[1], [], "connections")
+    yield
+    begin = time.monotonic()
+    sock.settimeout(20)
+    equal(sock.recv(100), b"welcome", "what the server says")
+    check(time.monotonic() - begin < 0.5, "it took until the next request")
+    sock.sendall(b"thanks")
+    fresh = call()
+    equal((agreed(sock), segment(sock)), (agreed(fresh), segment(fresh)), "what was agreed on")
 
 
 def own(server, deed):

@@ -31,8 +31,14 @@ const ULP_INFO: u16 = 19;
 const WITH_INFO: u8 = 1 << 1;
 /// `struct inet_diag_msg`.
 const MESSAGE: usize = 72;
+/// Where the cookie is in it.
+const COOKIE: usize = 44;
+/// What tells a socket from all others that ever were.
+type Cookie = [u8; 8];
 /// Without a cookie sockets are found by their ends alone.
-const NO_COOKIE: [u8; 8] = [0xff; 8];
+const NO_COOKIE: Cookie = [0xff; 8];
+/// TCP_SYN_RECV: what is told of a request for a connection.
+const SYN_RECV: u8 = 3;
 
 /// TCP sockets that are no listeners, of this network namespace, by inode.
 pub fn all() -> SysResult<HashMap<u32, TcpSocket>> {
@@ -63,13 +69,32 @@ impl Asker {
     /// The connection between these ends, and its inode. Those at a certain interface alone are not found.
     pub fn find(&self, local: SocketAddr, remote: SocketAddr) -> SysResult<Option<(u32, TcpSocket)>> {
         let mut found = None;
-        let request = request(family(local), u32::MAX, &id(local, remote));
+        let request = request(family(local), u32::MAX, &id(local, remote, NO_COOKIE));
         match ask_for_one(self.0.as_fd(), "tcp", &request, |message| {
             found = Some(socket_of(message)?);
             Some(())
         }) {
             Err(e) if e.errno == Errno::ENOENT => Ok(None),
             other => other.map(|()| found),
+        }
+    }
+
+    /// Has the kernel forget a request for a connection between these ends, whose listening socket is gone. Needs
+    /// CONFIG_INET_DIAG_DESTROY.
+    pub fn forget_request(&self, local: SocketAddr, remote: SocketAddr) -> SysResult<()> {
+        let mut found = None;
+        let wanted = request(family(local), u32::MAX, &id(local, remote, NO_COOKIE));
+        match ask_for_one(self.0.as_fd(), "tcp", &wanted, |message| {
+            found = (*message.get(1)? == SYN_RECV).then_some(*message.get(COOKIE..)?.first_chunk::<8>()?);
+            Some(())
+        }) {
+            Err(e) if e.errno == Errno::ENOENT => return Ok(()),
+            other => other?,
+        }
+        // By its ends alone the kernel might find a listening socket by now.
+        match found {
+            None => Ok(()),
+            Some(cookie) => destroy_one(local, remote, cookie),
         }
     }
 }
@@ -87,8 +112,12 @@ pub fn lists_bound() -> SysResult<bool> {
 /// Ends a socket that nobody holds any more: what was left of it when its program was killed. Nothing happens if there is
 /// none. Needs CONFIG_INET_DIAG_DESTROY.
 pub fn destroy(local: SocketAddr, remote: SocketAddr) -> SysResult<()> {
-    match ask("tcp", DESTROY, ACK, &request(family(local), u32::MAX, &id(local, remote)), |_| Some(())) {
-        Err(e) if e.errno == Errno::ENOENT => Ok(()),
+    destroy_one(local, remote, NO_COOKIE)
+}
+
+fn destroy_one(local: SocketAddr, remote: SocketAddr, cookie: Cookie) -> SysResult<()> {
+    match ask("tcp", DESTROY, ACK, &request(family(local), u32::MAX, &id(local, remote, cookie)), |_| Some(())) {
+        Err(e) if [Errno::ENOENT, Errno::ESTALE].contains(&e.errno) => Ok(()),
         other => other,
     }
 }
@@ -98,7 +127,7 @@ fn family(end: SocketAddr) -> i32 {
 }
 
 /// `struct inet_diag_sockid` of a connection.
-fn id(local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
+fn id(local: SocketAddr, remote: SocketAddr, cookie: Cookie) -> Vec<u8> {
     let mut id = Vec::with_capacity(48);
     id.extend_from_slice(&local.port().to_be_bytes());
     id.extend_from_slice(&remote.port().to_be_bytes());
@@ -111,7 +140,7 @@ fn id(local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
         id.extend(address);
     }
     id.extend_from_slice(&[0; 4]);
-    id.extend_from_slice(&NO_COOKIE);
+    id.extend_from_slice(&cookie);
     id
 }
 

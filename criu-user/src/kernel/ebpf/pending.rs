@@ -1,6 +1,7 @@
 //! Clients of TCP servers that nobody has accepted yet, and what they have sent: `criu-ebpf/src/pending.rs`, from the
 //! engine's side.
 
+use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
@@ -27,8 +28,11 @@ static OBJECT: Option<&[u8]> = Some({
 static OBJECT: Option<&[u8]> = None;
 
 const PROGRAM: &str = "pending";
-/// The kernel function that stands for the iterator, and those that the program calls.
-const FUNCTIONS: [&str; 4] = ["bpf_iter_task_file", kfuncs::NAMES[0], kfuncs::NAMES[1], kfuncs::NAMES[2]];
+/// The one about handshakes that are not over.
+const REQUESTS: &str = "requests";
+/// The kernel functions that stand for the iterators, and those that the programs call.
+const FUNCTIONS: [&str; 5] =
+    ["bpf_iter_task_file", "bpf_iter_tcp", kfuncs::NAMES[0], kfuncs::NAMES[1], kfuncs::NAMES[2]];
 /// The first attempt has room for so many pieces more than two of each client: a quarter of a megabyte.
 const ROOM: u32 = 64;
 /// More than this, 4 GiB, is not read.
@@ -58,6 +62,15 @@ impl Waiting {
     }
 }
 
+/// Who is asked about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// Those that could be accepted.
+    Connected,
+    /// Those whose handshake is not over as well, behind them.
+    All,
+}
+
 /// Asks the kernel for them.
 ///
 /// # Minimum kernel version
@@ -65,6 +78,7 @@ impl Waiting {
 #[derive(Debug)]
 pub struct Reader {
     listeners: Vec<[u8; 8]>,
+    which: Which,
     room: u32,
     loaded: Programs,
 }
@@ -72,7 +86,11 @@ pub struct Reader {
 /// The program, its maps, and what it looks for.
 #[derive(Debug)]
 struct Programs {
+    /// For the second program, which is loaded where it is needed.
+    object: Loaded,
+    function: u32,
     program: OwnedFd,
+    requests: OnceCell<OwnedFd>,
     told: OwnedFd,
     pieces: OwnedFd,
     _listeners: OwnedFd,
@@ -87,11 +105,11 @@ fn failed(on: &'static str) -> impl FnOnce((&'static str, std::io::Error)) -> Eb
 impl Reader {
     /// One that asks about the listening sockets with these inodes, of which this process must have descriptors. About so
     /// many clients are expected.
-    pub fn new(listeners: &[u64], clients: u32) -> EbpfResult<Self> {
+    pub fn new(listeners: &[u64], clients: u32, which: Which) -> EbpfResult<Self> {
         let listeners: Vec<[u8; 8]> = listeners.iter().map(|ino| ino.to_ne_bytes()).collect();
         let room = ROOM.saturating_add(clients.saturating_mul(2)).min(MOST as u32);
         let loaded = Programs::load(&listeners, room)?;
-        Ok(Self { listeners, room, loaded })
+        Ok(Self { listeners, which, room, loaded })
     }
 
     /// All that wait there, in the order in which they would be accepted.
@@ -100,7 +118,7 @@ impl Reader {
         const ATTEMPTS: u32 = 5;
         let mut needed = 0;
         for _ in 0..ATTEMPTS {
-            let (told, pieces) = self.loaded.run()?;
+            let (told, pieces) = self.loaded.run(self.which)?;
             if told.pieces <= self.room.into() {
                 let used = pieces.get(..told.pieces as usize).unwrap_or_default();
                 return assemble(used).ok_or(EbpfError::BadRecord { program: PROGRAM, pid: own_pid(), at: 0 });
@@ -140,40 +158,62 @@ impl Programs {
         let globals = HashMap::from([("OFFSETS", (offsets.as_slice(), true)), ("SEARCH", (search.as_slice(), true))]);
         let mut object = Loaded::with_sizes(PROGRAM, object, globals, &[("PIECES", room)])?;
         let numbers = [kfuncs::ITER_NUM_NEW, kfuncs::ITER_NUM_NEXT, kfuncs::ITER_NUM_DESTROY];
-        let ids: Vec<(u32, u32)> = numbers.into_iter().zip(layout.functions[1..].iter().copied()).collect();
+        let ids: Vec<(u32, u32)> = numbers.into_iter().zip(layout.functions[2..].iter().copied()).collect();
         object.bind(&ids);
         let program = object.load_iter(PROGRAM, layout.functions[0])?;
         let wanted = object.take_map("LISTENERS")?;
         maps::insert_zeros::<8, 4>(wanted.as_fd(), listeners).map_err(failed("the listening sockets"))?;
         Ok(Self {
             program,
+            requests: OnceCell::new(),
+            function: layout.functions[1],
             told: object.take_map("TOLD")?,
             pieces: object.take_map("PIECES")?,
+            object,
             _listeners: wanted,
             _pipe: (reader, writer),
         })
     }
 
-    fn run(&self) -> EbpfResult<(Told, Vec<Piece>)> {
-        const TOLD: usize = size_of::<Told>();
+    fn run(&self, which: Which) -> EbpfResult<(Told, Vec<Piece>)> {
         let first = [0u32.to_ne_bytes()];
         maps::insert_zeros::<4, TOLD>(self.told.as_fd(), &first).map_err(failed("what is told of clients"))?;
-        let iterator = bpf::iterate(self.program.as_fd(), std::process::id())
-            .map_err(failed("iterator `pending` over our own descriptors"))?;
-        // Nothing is written there: reading makes it go.
-        read_to_end(File::from(iterator), &mut Vec::new()).map_err(|source| EbpfError::Read {
-            program: PROGRAM,
-            pid: own_pid(),
-            source,
-        })?;
+        let descriptors = bpf::iterate(self.program.as_fd(), std::process::id());
+        go(descriptors.map_err(failed("iterator `pending` over our own descriptors"))?)?;
+        let mut told = self.told()?;
+        if told.requests > 0 && which == Which::All {
+            let program = match self.requests.get() {
+                Some(program) => program,
+                None => {
+                    let program = self.object.load_iter(REQUESTS, self.function)?;
+                    self.requests.get_or_init(|| program)
+                }
+            };
+            go(bpf::iterate_all(program.as_fd()).map_err(failed("iterator `requests` over TCP sockets"))?)?;
+            told = self.told()?;
+        }
+        let pieces = maps::entries::<4, { size_of::<Piece>() }>(self.pieces.as_fd()).map_err(failed("the clients"))?;
+        tracing::debug!(pieces = told.pieces, requests = told.requests, "clients that wait were read");
+        Ok((told, pieces.iter().map(|(_, bytes)| piece(bytes)).collect()))
+    }
+
+    fn told(&self) -> EbpfResult<Told> {
         let told = maps::entries::<4, TOLD>(self.told.as_fd()).map_err(failed("what is told of clients"))?;
         let word =
             |at: usize| told.first().and_then(|(_, v)| v[at..].first_chunk()).map_or(0, |b| u64::from_ne_bytes(*b));
-        let told = Told { pieces: word(0), memory: word(8) };
-        let pieces = maps::entries::<4, { size_of::<Piece>() }>(self.pieces.as_fd()).map_err(failed("the clients"))?;
-        tracing::debug!(pieces = told.pieces, memory = %format!("{:#x}", told.memory), "clients that wait were read");
-        Ok((told, pieces.iter().map(|(_, bytes)| piece(bytes)).collect()))
+        Ok(Told { pieces: word(0), requests: word(8), memory: word(16) })
     }
+}
+
+const TOLD: usize = size_of::<Told>();
+
+/// Nothing is written into these iterators: reading makes them go.
+fn go(iterator: OwnedFd) -> EbpfResult<()> {
+    read_to_end(File::from(iterator), &mut Vec::new()).map(drop).map_err(|source| EbpfError::Read {
+        program: PROGRAM,
+        pid: own_pid(),
+        source,
+    })
 }
 
 fn words<const N: usize>(words: &[u64; N]) -> Vec<u8> {

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use criu_common::gate;
 use criu_common::pending::{Admission, Attributes};
+use etherparse::TcpOptionElement;
 use nix::errno::Errno;
 
 use super::course::{Flag, Packets, Segment, scaled};
@@ -24,7 +25,7 @@ use super::{Ends, State, clients};
 use crate::image::ImageKind;
 use crate::image::proto::{InetSkEntry, SkOptsEntry, TcpClientEntry, TcpStreamEntry};
 use crate::kernel::ebpf::admit::Door;
-use crate::kernel::ebpf::pending::{Reader, Waiting};
+use crate::kernel::ebpf::pending::{Reader, Waiting, Which};
 use crate::kernel::inet_diag::Asker;
 use crate::kernel::tcp::options;
 use crate::object::file::Planner;
@@ -38,9 +39,12 @@ const COOKIES: &str = "/proc/sys/net/ipv4/tcp_syncookies";
 /// How long the kernel may take for a packet.
 const PATIENCE: Duration = Duration::from_secs(2);
 
+/// A client and what it had sent.
+type Waited = (TcpClientEntry, Vec<u8>);
+
 /// What the images have, by the description of the listening socket.
 #[derive(Debug, Default)]
-struct Read(Option<HashMap<u32, Vec<(TcpClientEntry, Vec<u8>)>>>);
+struct Read(Option<HashMap<u32, Vec<Waited>>>);
 
 /// Plans the way back of the clients of a listening socket.
 pub fn plan(entry: &Arc<InetSkEntry>, file: FileRef, cx: &mut Planner<'_>) -> Result<(), ObjectError> {
@@ -87,6 +91,8 @@ pub fn plan(entry: &Arc<InetSkEntry>, file: FileRef, cx: &mut Planner<'_>) -> Re
 struct Client {
     ends: Ends,
     state: State,
+    /// Whether it may not have heard of us yet.
+    asks: bool,
     stream: TcpStreamEntry,
     numbers: Numbers,
     ts_recent: u32,
@@ -94,8 +100,8 @@ struct Client {
     /// Size of its receive buffer.
     rcvbuf: u32,
     data: Vec<u8>,
-    /// The window that its new socket offers, as it stands in packets.
-    window: OnceLock<u16>,
+    /// What its new socket offers: the window in bytes, and the largest segment.
+    offer: OnceLock<(u32, u16)>,
 }
 
 impl Client {
@@ -103,7 +109,9 @@ impl Client {
         let ends =
             Ends::of_words(entry.family, 0, (&entry.src_addr, entry.src_port), (&entry.dst_addr, entry.dst_port));
         let wrong = |what: String| ObjectError::contradiction(format!("the client {}: {what}", ends.remote));
-        let state = State::of_number(entry.state)
+        let asks = entry.state == clients::UNFINISHED;
+        let state = if asks { Some(State::Established) } else { State::of_number(entry.state) };
+        let state = state
             .filter(|state| [State::Established, State::CloseWait, State::Close].contains(state))
             .ok_or_else(|| wrong(format!("it waits in TCP state {}", entry.state)))?;
         let numbers = Numbers::of(state, &entry.stream).map_err(|err| wrong(err.to_string()))?;
@@ -111,13 +119,14 @@ impl Client {
         Ok(Self {
             ends,
             state,
+            asks,
             stream,
             numbers,
             ts_recent: entry.ts_recent,
             ecn: entry.ecn,
             rcvbuf: entry.rcvbuf,
             data,
-            window: OnceLock::new(),
+            offer: OnceLock::new(),
         })
     }
 
@@ -138,6 +147,26 @@ impl Client {
             usec_ts_ok: (stamp & 1) as u8,
             reserved: [0; 3],
         }
+    }
+
+    /// What had been agreed on, as it stands in the answer to a request.
+    fn agreed(&self, largest: u16) -> Vec<TcpOptionElement> {
+        /// What timestamps take of each segment.
+        const STAMPS: u16 = 12;
+        let of = self.attributes();
+        let has = |option: u8| option != 0;
+        let largest = if has(of.tstamp_ok) { largest.saturating_add(STAMPS) } else { largest };
+        let mut options = vec![TcpOptionElement::MaximumSegmentSize(largest)];
+        if has(of.sack_ok) {
+            options.push(TcpOptionElement::SelectiveAcknowledgementPermitted);
+        }
+        if has(of.tstamp_ok) {
+            options.push(TcpOptionElement::Timestamp(of.rcv_tsecr, of.rcv_tsval));
+        }
+        if has(of.wscale_ok) {
+            options.push(TcpOptionElement::WindowScale(of.rcv_wscale));
+        }
+        options
     }
 
     fn packets(&self) -> Packets<'_> {
@@ -246,11 +275,15 @@ impl Deed for Receive {
         for guest in guests.iter() {
             let server = opened.get(guest.server).ok_or("a listening socket is not open")?;
             inodes.push(nix::sys::stat::fstat(server)?.st_ino);
+            if guest.client.asks {
+                // What it has asked for is in the kernel still, without anybody to answer.
+                asker.forget_request(guest.client.ends.local, guest.client.ends.remote)?;
+            }
             let arrive = || guest.client.arrive(&wire).and_then(|()| wait_for(&guest.client, &asker, &door));
             with_buffer(server, &guest.entry.opts, guest.client.buffer(), arrive)?;
         }
         inodes.dedup();
-        complete(&clients, &wire, &mut Reader::new(&inodes, clients.len() as u32)?)
+        complete(&clients, &wire, &mut Reader::new(&inodes, clients.len() as u32, Which::Connected)?)
     }
 }
 
@@ -338,11 +371,12 @@ fn settle(client: &Client, now: Option<Waiting>) -> Result<(), Failure> {
         return Err(format!("what the client {} had sent is not what its new socket has", client.ends.remote).into());
     };
     tracing::debug!(ends = %client.ends, state = socket.state, bytes = data.len(), "a client waits again");
-    client.window.get_or_init(|| scaled(socket.rcv_wnd, socket.rcv_wscale.into()));
+    client.offer.get_or_init(|| (socket.rcv_wnd, socket.advmss));
     Ok(())
 }
 
-/// Tells a client how far its server is: what was on its way to it meanwhile has been dropped.
+/// Tells a client how far its server is: what was on its way to it meanwhile has been dropped. One that has asked for the
+/// connection may be waiting for the answer; where it has that already, it takes it for a late copy.
 #[derive(Debug)]
 struct Greet(Arc<Client>);
 
@@ -357,9 +391,14 @@ impl Deed for Greet {
             return Ok(());
         }
         let ack = client.numbers.received_to.wrapping_add(client.state.has_received_fin().into());
-        let window = client.window.get().copied().unwrap_or_default();
-        let segment = Segment { flag: Flag::None, seq: client.numbers.sent_to, ack, window };
-        let packet = packet::build(&client.ends, &segment)?;
+        let (window, largest) = client.offer.get().copied().unwrap_or_default();
+        let segment =
+            |scale| Segment { flag: Flag::None, seq: client.numbers.sent_to, ack, window: scaled(window, scale) };
+        let packet = if client.asks {
+            packet::answer(&client.ends, &segment(0), &client.agreed(largest))?
+        } else {
+            packet::build(&client.ends, &segment(client.stream.rcv_wscale()))?
+        };
         Ok(Wire::default().send(&packet, client.ends.on_the_wire().remote, Pass::Plain)?)
     }
 }

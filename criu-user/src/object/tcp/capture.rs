@@ -112,8 +112,13 @@ fn listening(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry, info: &
                 advice,
             )),
             Some(_) => {}
-            // Some may come until requests for connections are dropped.
-            None => cx.shelf.get::<Hold>().clients.add(seen, entry, info.waiting),
+            // Some may come until requests for connections are dropped. Where they are, or where a handshake is only over
+            // when the client has said something (TCP_DEFER_ACCEPT), those in the middle of one count as well.
+            None => {
+                let deferred = entry.tcp_opts.as_ref().and_then(|opts| opts.defer_accept).unwrap_or_default() > 0;
+                let unfinished = cx.options.lock_listeners || deferred;
+                cx.shelf.get::<Hold>().clients.add(seen, entry, info.waiting, unfinished);
+            }
         }
     }
     if cx.options.lock_listeners {

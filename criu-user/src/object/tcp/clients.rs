@@ -15,7 +15,7 @@ use crate::dump::DumpOptions;
 use crate::image::proto::{InetSkEntry, TcpClientEntry, TcpStreamEntry};
 use crate::image::{ImageDir, ImageKind};
 use crate::kernel::ebpf::EbpfResult;
-use crate::kernel::ebpf::pending::{Reader, Waiting};
+use crate::kernel::ebpf::pending::{Reader, Waiting, Which};
 use crate::kernel::gate::Gate;
 use crate::kernel::tcp::{self, options};
 use crate::object::file::{Capture, Seen};
@@ -69,14 +69,18 @@ pub struct Clients {
     servers: Vec<Server>,
     /// How many there were when the listening sockets were seen.
     expected: u32,
+    /// Whether some may be in the middle of a handshake, of which a listening socket tells nothing.
+    unfinished: bool,
     reader: Option<Reader>,
     found: Vec<Client>,
 }
 
 impl Clients {
-    /// Adds a listening socket where so many wait as yet.
-    pub fn add(&mut self, seen: &Seen, entry: &InetSkEntry, waiting: u32) {
+    /// Adds a listening socket where so many wait as yet. `unfinished`: whether handshakes are to be carried over that are
+    /// not over.
+    pub fn add(&mut self, seen: &Seen, entry: &InetSkEntry, waiting: u32, unfinished: bool) {
         self.expected += waiting;
+        self.unfinished |= unfinished;
         let (pid, file) = (seen.pid.as_raw(), Arc::clone(&seen.file));
         self.servers.push(Server { id: seen.id, ino: entry.ino.into(), pid, fd: seen.fd, file });
     }
@@ -86,8 +90,13 @@ impl Clients {
         self.found.is_empty()
     }
 
+    /// Whether there may be some by now.
+    pub fn are_likely(&self) -> Result<bool, ObjectError> {
+        Ok(self.unfinished || self.waiting()? > 0)
+    }
+
     /// How many wait by now.
-    pub fn waiting(&self) -> Result<u32, ObjectError> {
+    fn waiting(&self) -> Result<u32, ObjectError> {
         self.servers.iter().try_fold(0, |sum, server| Ok(sum + tcp::info(&server.file)?.waiting))
     }
 
@@ -120,7 +129,7 @@ impl Clients {
 
     fn reader(&self, expected: u32) -> EbpfResult<Reader> {
         let inodes: Vec<u64> = self.servers.iter().map(|server| server.ino).collect();
-        Reader::new(&inodes, expected)
+        Reader::new(&inodes, expected, Which::All)
     }
 
     /// What the gate knows those by that were found.
@@ -135,10 +144,8 @@ impl Clients {
         const ATTEMPTS: u32 = 100;
         let mut reader = match self.reader.take() {
             Some(reader) => reader,
-            None => match self.waiting()? {
-                0 => return Ok(()),
-                expected => self.reader(expected).map_err(|err| self.failed(err.to_string()))?,
-            },
+            None if !self.are_likely()? => return Ok(()),
+            None => self.reader(self.waiting()?).map_err(|err| self.failed(err.to_string()))?,
         };
         for _ in 0..ATTEMPTS {
             let held: std::collections::HashSet<gate::Connection> = self.keys().collect();
@@ -212,16 +219,24 @@ pub fn ends(client: &pending::Client) -> Ends {
     Ends::of_words(client.family.into(), 0, (&local, own), (&remote, peers))
 }
 
+/// TCP_NEW_SYN_RECV, of a handshake that is not over. It comes back as if it were.
+pub const UNFINISHED: u32 = 12;
+
+/// The state that a client's socket is in when it is back.
+fn state(number: u8) -> Option<State> {
+    if u32::from(number) == UNFINISHED { Some(State::Established) } else { State::of_number(number.into()) }
+}
+
 /// Why a client cannot be carried over.
 fn unsupported(waiting: &Waiting, ends: &Ends) -> Option<&'static str> {
     /// TCP_SYN_RECV
-    const UNFINISHED: u8 = 3;
+    const FAST_OPEN: u8 = 3;
     /// The kernel makes no connections with less (`bpf_sk_assign_tcp_reqsk` in net/core/filter.c).
     const SEGMENTS: [u16; 2] = [536, 1220];
     let client = &waiting.client;
     let v6 = ends.on_the_wire().local.is_ipv6();
-    match State::of_number(client.state.into()) {
-        _ if client.state == UNFINISHED => {
+    match state(client.state) {
+        _ if client.state == FAST_OPEN => {
             Some("has sent data with its first packet (TCP Fast Open), and is not connected yet")
         }
         Some(State::Established | State::CloseWait | State::Close) if client.snd_nxt == client.snd_una => {
@@ -229,6 +244,7 @@ fn unsupported(waiting: &Waiting, ends: &Ends) -> Option<&'static str> {
                 _ if client.keys != [0; 2] => {
                     Some("signs its packets (TCP MD5 or TCP-AO), and the kernel keeps the keys to itself")
                 }
+                _ if client.mptcp != 0 => Some("has asked for MPTCP"),
                 _ if client.urgent != 0 => Some("has sent urgent data"),
                 _ if client.interface != 0 => {
                     Some("is at one interface alone (SO_BINDTODEVICE, or an address of one link)")
@@ -262,6 +278,10 @@ fn entry(waiting: &Waiting, ends: &Ends, id: u32) -> TcpClientEntry {
     }
 }
 
+/// What a client takes that has offered nothing yet, as far as the kernel tells: more than is sent at first (RFC 6928), and
+/// less than any client offers.
+const FIRST_WINDOW: u32 = 32 << 10;
+
 /// Its stream, as that of another connection. Nothing was ever sent to it.
 fn stream(waiting: &Waiting) -> TcpStreamEntry {
     let client = &waiting.client;
@@ -280,7 +300,7 @@ fn stream(waiting: &Waiting) -> TcpStreamEntry {
         rcv_wscale: Some(client.rcv_wscale.into()),
         mss_clamp: client.mss.into(),
         timestamp: (client.timestamps != 0).then(|| timestamp(client)),
-        snd_wnd: Some(client.snd_wnd),
+        snd_wnd: Some(if u32::from(client.state) == UNFINISHED { FIRST_WINDOW } else { client.snd_wnd }),
         rcv_wnd: Some(client.rcv_wnd),
         rcv_wup: Some(client.rcv_wup),
         reset: reset.then_some(true),

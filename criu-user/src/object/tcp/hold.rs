@@ -112,7 +112,7 @@ impl Hold {
 
     /// Closes the gate, then reads all connections.
     pub fn read(&mut self, cx: &mut Capture<'_>) -> Result<(), ObjectError> {
-        if self.is_idle() && self.clients.waiting()? == 0 {
+        if self.is_idle() && !self.clients.are_likely()? {
             return Ok(());
         }
         if let Some(gate) = &mut self.gate {

@@ -42,6 +42,18 @@ pub fn build_with(
     Ok(bytes)
 }
 
+/// What answers a request for a connection: the second packet of a handshake. The segment counts from the first byte that
+/// follows.
+pub fn answer(ends: &Ends, segment: &Segment, options: &[TcpOptionElement]) -> Result<Vec<u8>, TcpError> {
+    let ends = ends.on_the_wire();
+    let first = segment.seq.wrapping_sub(1);
+    let tcp = ip(&ends)?.tcp(ends.local.port(), ends.remote.port(), first, segment.window).syn().ack(segment.ack);
+    let tcp = tcp.options(options).map_err(|e| failed(&ends, e.to_string()))?;
+    let mut bytes = Vec::with_capacity(tcp.size(0));
+    tcp.write(&mut bytes, &[]).map_err(|e| failed(&ends, e.to_string()))?;
+    Ok(bytes)
+}
+
 /// The bytes of a UDP datagram from `ends.local` to `ends.remote`.
 pub fn datagram(ends: &Ends, data: &[u8]) -> Result<Vec<u8>, TcpError> {
     let ends = ends.on_the_wire();

@@ -12,7 +12,7 @@ use super::capture::{closed_was_connected, unsupported};
 use super::{Ends, State, clients};
 use crate::image::proto::{FileEntry, InetSkEntry, TcpClientEntry, TcpStreamEntry};
 use crate::image::{ImageDir, ImageKind};
-use crate::kernel::ebpf::pending::{Reader, Waiting};
+use crate::kernel::ebpf::pending::{Reader, Waiting, Which};
 use crate::kernel::pidfd::PidFd;
 use crate::kernel::tcp::{self, Lengths, options};
 use crate::kernel::{inet_diag, proc, socket};
@@ -79,10 +79,11 @@ fn of_clients(servers: &[(u64, Pid, i32, OwnedFd)]) -> Vec<Row> {
         return Vec::new();
     }
     let inodes: Vec<u64> = servers.iter().map(|(ino, ..)| *ino).collect();
-    let waiting = Reader::new(&inodes, 0).and_then(|mut reader| reader.read()).unwrap_or_else(|err| {
-        tracing::warn!(%err, "clients that wait to be accepted are left out");
-        Vec::new()
-    });
+    let waiting =
+        Reader::new(&inodes, 0, Which::Connected).and_then(|mut reader| reader.read()).unwrap_or_else(|err| {
+            tracing::warn!(%err, "clients that wait to be accepted are left out");
+            Vec::new()
+        });
     let row = |one: &Waiting| {
         let (_, pid, fd, _) = servers.iter().find(|(ino, ..)| *ino == one.client.listener)?;
         let (entry, refused) = clients::described(one);
