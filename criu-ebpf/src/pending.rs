@@ -55,7 +55,7 @@ const REACH: i32 = 16 << 10;
 /// Memory begins at a multiple of so much, and so does the table of pages: 64 bytes of it are one page of 4 KiB.
 const ALIGNED: u64 = 1 << 30;
 
-/// Inodes of the listening sockets that are asked about.
+/// Inodes of the listening sockets that are asked about; not 0 where it was looked at: there may be more descriptors of it.
 #[map]
 static LISTENERS: HashMap<u64, u32> = HashMap::with_max_entries(MOST_LISTENERS, BPF_F_NO_PREALLOC);
 /// What is told. The engine makes it as large as it has to be.
@@ -137,9 +137,14 @@ extern "C" fn pending(ctx: *const Context) -> i32 {
         // Those of other kinds of files may have the same number.
         let inode: u64 = get(file, off!(file_inode));
         let number: u64 = get(inode, off!(inode_ino));
-        if get::<u16>(inode, off!(inode_mode)) & TYPE != SOCKET || LISTENERS.get(number).is_none() {
+        if get::<u16>(inode, off!(inode_mode)) & TYPE != SOCKET {
             return 0;
         }
+        let Some(seen) = LISTENERS.get_ptr_mut(number) else { return 0 };
+        if *seen != 0 {
+            return 0;
+        }
+        *seen = 1;
         let listener: u64 = get(get(file, off!(file_private_data)), off!(socket_sk));
         if get::<u8>(listener, off!(skc_state)) != LISTEN {
             return 0;

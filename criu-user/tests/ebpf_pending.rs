@@ -45,6 +45,7 @@ fn clients_are_told_in_order_with_all_that_they_have_sent() {
             clients[3].write_all(word).expect("sent");
         }
         std::thread::sleep(std::time::Duration::from_millis(50));
+        let _another_descriptor = listener.try_clone().expect("dup");
         let mut reader = Reader::new(&[inode(&listener)], 1, Which::All).expect("a reader");
         let found = reader.read().expect("read");
         let ports: Vec<u16> = clients.iter().map(|c| c.local_addr().expect("an address").port()).collect();

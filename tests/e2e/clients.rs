@@ -1,11 +1,9 @@
 //! Clients of TCP servers that nobody has accepted: the server is moved, and accepts them afterwards.
 
-use std::{ffi::OsString, fs};
-
 use e2e::{Options, Row, Survey, Workload, rows};
 
 use crate::net::Network;
-use crate::tcp::{Pair, also, gates_of, kept, move_once, script};
+use crate::tcp::{Pair, also, gates_of, kept, look_at_both, move_once, script};
 
 fn some(family: &str) -> Pair {
     Pair::of("clients.py", "some", &[("E2E_FAMILY", family)])
@@ -39,9 +37,9 @@ fn many(row: &Row) {
 }
 
 /// A program that runs on has its clients as it had them.
-fn left_running(row: &Row) {
+fn left_running(row: &Row, how: &[&str]) {
     let pair = some("v4");
-    let running = also(row, &["--tcp-established", "--leave-running"], &[]);
+    let running = also(&kept(row), how, &[]);
     let images = running.next_images(&pair.program);
     running.dumper.dump(&pair.program, &images, &running.options).expect_success();
     assert_eq!(gates_of(row, &pair.program, &images), [""; 0], "gates are left");
@@ -82,25 +80,14 @@ fn dropped(row: &Row) {
 
 /// What `criu-ebpf tcp` says of them, in the program and in its images.
 fn shown(row: &Row) {
-    let row = kept(row);
-    let pair = some("v4");
-    let images = row.next_images(&pair.program);
-    fs::create_dir_all(&images).expect("creating a directory");
-    let look = |of: OsString| {
-        let said = row.dumper.call(&["tcp".into(), "--json".into(), of], &images, "tcp").expect_success().printed;
+    look_at_both(row, some("v4"), |said| {
         assert_eq!(said.matches(r#""accepted":false"#).count(), 6, "{said}");
-        for part in
-            [r#""state":"CloseWait","accepted":false,"received":8"#, r#""state":"Close","accepted":false,"received":4"#]
-        {
-            assert!(said.contains(part), "no {part} in {said}");
-        }
-    };
-    look(pair.program.pid().to_string().into());
-    row.dumper.dump(&pair.program, &images, &row.options).expect_success();
-    pair.program.expect_gone(&[pair.program.pid()].into());
-    look(images.clone().into());
-    row.restore(&pair.program, &images);
-    pair.finish();
+        let parts = [
+            r#""state":"CloseWait","accepted":false,"received":8"#,
+            r#""state":"Close","accepted":false,"received":4"#,
+        ];
+        parts.iter().for_each(|part| assert!(said.contains(part), "no {part} in {said}"));
+    });
 }
 
 fn refused(row: &Row, case: &str, reason: &str) {
@@ -122,7 +109,8 @@ rows! {
     deferred_mapped => |row| deferred(row, "mapped");
     with_a_small_buffer => small_buffer;
     many_of_them => many;
-    runs_on => left_running;
+    runs_on => |row| left_running(row, &["--leave-running"]);
+    runs_on_after_a_live_dump => |row| left_running(row, &["--leave-running", "--live"]);
     restore_that_fails => second_restore;
     may_be_dropped => dropped;
 }

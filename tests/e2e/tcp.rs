@@ -253,19 +253,24 @@ fn second_restore(row: &Row) {
 
 /// What `criu-ebpf tcp` says of a tree and of its images.
 fn shown(row: &Row) {
-    let row = kept(row);
-    let pair = Pair::start("close_wait", "v4", 1);
-    let images = row.next_images(&pair.program);
-    fs::create_dir_all(&images).expect("creating a directory");
-    let look = |of: OsString| {
-        let said = row.dumper.call(&["tcp".into(), "--json".into(), of], &images, "tcp").expect_success().printed;
+    look_at_both(row, Pair::start("close_wait", "v4", 1), |said| {
         let parts = [r#""state":"CloseWait""#, r#""received":15"#, "\"timestamps\",\"sack\"", r#""refused":null"#];
         parts.iter().for_each(|part| assert!(said.contains(part), "no {part} in {said}"));
+    });
+}
+
+/// Looks at what `criu-ebpf tcp` says of a program and of its images.
+pub(crate) fn look_at_both(row: &Row, pair: Pair, look: impl Fn(&str)) {
+    let row = kept(row);
+    let images = row.next_images(&pair.program);
+    fs::create_dir_all(&images).expect("creating a directory");
+    let of = |of: OsString| {
+        look(&row.dumper.call(&["tcp".into(), "--json".into(), of], &images, "tcp").expect_success().printed);
     };
-    look(pair.program.pid().to_string().into());
+    of(pair.program.pid().to_string().into());
     row.dumper.dump(&pair.program, &images, &row.options).expect_success();
     pair.program.expect_gone(&[pair.program.pid()].into());
-    look(images.clone().into());
+    of(images.clone().into());
     row.restore(&pair.program, &images);
     pair.finish();
 }

@@ -114,6 +114,8 @@ probes! {
         "tcp_repair" socket::tcp_repair, "read and rebuild TCP connections", NO_TCP,
             "build with CONFIG_CHECKPOINT_RESTORE; run with cap_net_admin";
         "raw_sockets" socket::raw, "rebuild half-closed TCP connections", NO_TCP, "run with cap_net_raw and cap_net_admin";
+        "tcp_clients" ebpf::pending_clients, "clients of TCP servers that nobody has accepted", Less("--skip-in-flight"),
+            "use Linux 6.9 or later with CONFIG_SYN_COOKIES; set net.ipv4.tcp_syncookies to 1";
         "socket_buffer_lock" socket::buffer_lock, "whether buffer sizes were chosen", Less("chosen sizes may adapt again"),
             "use Linux 5.15 or later";
     }

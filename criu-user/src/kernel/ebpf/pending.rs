@@ -93,7 +93,7 @@ struct Programs {
     requests: OnceCell<OwnedFd>,
     told: OwnedFd,
     pieces: OwnedFd,
-    _listeners: OwnedFd,
+    listeners: OwnedFd,
     /// Both ends of a pipe, with known content.
     _pipe: (std::io::PipeReader, std::io::PipeWriter),
 }
@@ -108,7 +108,7 @@ impl Reader {
     pub fn new(listeners: &[u64], clients: u32, which: Which) -> EbpfResult<Self> {
         let listeners: Vec<[u8; 8]> = listeners.iter().map(|ino| ino.to_ne_bytes()).collect();
         let room = ROOM.saturating_add(clients.saturating_mul(2)).min(MOST as u32);
-        let loaded = Programs::load(&listeners, room)?;
+        let loaded = Programs::load(room)?;
         Ok(Self { listeners, which, room, loaded })
     }
 
@@ -118,7 +118,7 @@ impl Reader {
         const ATTEMPTS: u32 = 5;
         let mut needed = 0;
         for _ in 0..ATTEMPTS {
-            let (told, pieces) = self.loaded.run(self.which)?;
+            let (told, pieces) = self.loaded.run(&self.listeners, self.which)?;
             if told.pieces <= self.room.into() {
                 let used = pieces.get(..told.pieces as usize).unwrap_or_default();
                 return assemble(used).ok_or(EbpfError::BadRecord { program: PROGRAM, pid: own_pid(), at: 0 });
@@ -128,7 +128,7 @@ impl Reader {
                 break;
             }
             self.room = (needed + needed / 8) as u32;
-            self.loaded = Programs::load(&self.listeners, self.room)?;
+            self.loaded = Programs::load(self.room)?;
         }
         let source = std::io::Error::other(format!("{needed} pieces of {PIECE} bytes wait, more than can be taken"));
         Err(EbpfError::Read { program: PROGRAM, pid: own_pid(), source })
@@ -140,7 +140,7 @@ fn own_pid() -> i32 {
 }
 
 impl Programs {
-    fn load(listeners: &[[u8; 8]], room: u32) -> EbpfResult<Self> {
+    fn load(room: u32) -> EbpfResult<Self> {
         let object = OBJECT.ok_or(EbpfError::NotBuilt)?;
         let layout = cache::layout(SOURCES, &FUNCTIONS)?;
         let at = SOURCES.iter().position(|source| source.of == "page").unwrap_or_default();
@@ -161,21 +161,20 @@ impl Programs {
         let ids: Vec<(u32, u32)> = numbers.into_iter().zip(layout.functions[2..].iter().copied()).collect();
         object.bind(&ids);
         let program = object.load_iter(PROGRAM, layout.functions[0])?;
-        let wanted = object.take_map("LISTENERS")?;
-        maps::insert_zeros::<8, 4>(wanted.as_fd(), listeners).map_err(failed("the listening sockets"))?;
         Ok(Self {
             program,
             requests: OnceCell::new(),
             function: layout.functions[1],
             told: object.take_map("TOLD")?,
             pieces: object.take_map("PIECES")?,
+            listeners: object.take_map("LISTENERS")?,
             object,
-            _listeners: wanted,
             _pipe: (reader, writer),
         })
     }
 
-    fn run(&self, which: Which) -> EbpfResult<(Told, Vec<Piece>)> {
+    fn run(&self, listeners: &[[u8; 8]], which: Which) -> EbpfResult<(Told, Vec<Piece>)> {
+        maps::insert_zeros::<8, 4>(self.listeners.as_fd(), listeners).map_err(failed("the listening sockets"))?;
         let first = [0u32.to_ne_bytes()];
         maps::insert_zeros::<4, TOLD>(self.told.as_fd(), &first).map_err(failed("what is told of clients"))?;
         let descriptors = bpf::iterate(self.program.as_fd(), std::process::id());

@@ -10,6 +10,8 @@ use nix::sched::CloneFlags;
 use nix::unistd::Pid;
 
 use super::{Absent, Answer, apart_in, network};
+use crate::kernel::ebpf::admit::Door;
+use crate::kernel::ebpf::pending::{Reader, Which};
 use crate::kernel::ebpf::{EbpfError, EbpfSurvey, bpf, btf};
 use crate::kernel::scratch;
 
@@ -123,6 +125,16 @@ pub fn tcx() -> Answer {
         unsafe { bpf::call(command, &attribute).map(|fd| bpf::owned(fd)) }.map_err(failed("tcx on lo"))?;
         Ok(String::new())
     })
+}
+
+/// The programs that look at TCP clients whom nobody has accepted, and those that bring them back.
+pub fn pending_clients() -> Answer {
+    const COOKIES: &str = "/proc/sys/net/ipv4/tcp_syncookies";
+    Reader::new(&[], 0, Which::All)?.read()?;
+    if std::fs::read_to_string(COOKIES).is_ok_and(|value| value.trim() == "0") {
+        return Err(Absent::because(format!("{COOKIES} says 0")));
+    }
+    apart_in(CloneFlags::CLONE_NEWNET, || Ok(Door::new(&[]).map(|_| String::new())?))
 }
 
 /// bpffs: something is pinned in one that is mounted nowhere and goes with its descriptor.
