@@ -5,6 +5,7 @@ pub mod gate;
 pub mod kfuncs;
 pub mod offsets;
 pub mod pending;
+pub mod pieces;
 pub mod survey;
 pub mod waiting;
 pub mod watch;

@@ -6,30 +6,6 @@ use crate::offsets::offsets;
 pub const MOST_LISTENERS: u32 = 4096;
 /// Most clients that one restore brings back.
 pub const MOST_CLIENTS: u32 = 1 << 16;
-/// Bytes of one piece.
-pub const PIECE: usize = 4096;
-
-/// A [`Piece`] holds a [`Client`].
-pub const CLIENT: u32 = 1;
-/// A [`Piece`] holds data of the client before it.
-pub const DATA: u32 = 2;
-
-/// What is told, one after the other: each client, and its data behind it.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct Piece {
-    /// [`CLIENT`] or [`DATA`].
-    pub kind: u32,
-    /// How many of the bytes are used.
-    pub length: u32,
-    /// Of data: the number of its first byte.
-    pub seq: u32,
-    /// None.
-    pub padding: u32,
-    /// What it holds.
-    pub bytes: [u8; PIECE],
-}
-
 /// A connection that was made and not accepted.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -90,37 +66,14 @@ pub struct Client {
     pub rcv_wscale: u8,
     /// Whether selective acknowledgements were.
     pub sack: u8,
-    /// Whether some of its data is where no program can read it.
-    pub unreadable: u8,
     /// Whether it has asked for MPTCP.
     pub mptcp: u8,
+    /// None.
+    pub padding: u8,
     /// The largest segment that we take, without what timestamps need.
     pub advmss: u16,
     /// None.
-    pub padding: [u8; 2],
-}
-
-/// How the reading went.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Told {
-    /// How many pieces there were: where it is more than there was room for, the others were not written.
-    pub pieces: u64,
-    /// How many handshakes with the listening sockets are not over.
-    pub requests: u64,
-    /// What is added to 64 times the address of a `struct page` for the address of its memory; 0: not found.
-    pub memory: u64,
-}
-
-/// How the program finds out where the kernel sees the memory of a page: by one whose content is known, in a pipe of the
-/// reader's.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct Search {
-    /// The pipe's descriptor.
-    pub fd: u64,
-    /// What was written into it.
-    pub content: [u64; 4],
+    pub padding2: u16,
 }
 
 /// What the kernel is told of a client whose handshake is said to be over: `struct bpf_tcp_req_attrs`.

@@ -2,25 +2,16 @@
 
 use crate::offsets::offsets;
 
-/// Longest data of a packet that a record brings along: what the kernel allocates in one piece is shorter.
-pub const DATA_MAX: usize = 16 << 10;
-/// Most records for one socket, and most bytes of data in them: the kernel's buffer of 32 KiB must hold them all.
-pub const PACKETS_MAX: u32 = 64;
-/// See [`PACKETS_MAX`].
-pub const BYTES_MAX: u32 = 24 << 10;
-
 /// One packet; its data follows.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Packet {
     /// Inode of the client's socket, which has sent it.
     pub client: u64,
-    /// How many packets wait in this connection. Where there are fewer records, the others did not fit.
+    /// How many packets wait in this connection.
     pub of: u32,
     /// Its bytes.
     pub length: u32,
-    /// How many of them follow: all or none. None where they are in pages, which have no address for a program.
-    pub tail: u32,
     /// Whether descriptors come with it: 0 or 1.
     pub files: u32,
     /// Who has sent it, as the reader's pid namespace calls it; 0 where it does not.
@@ -31,6 +22,8 @@ pub struct Packet {
     pub gid: u32,
     /// Whether it is the socket's urgent byte (`MSG_OOB`): 0 or 1.
     pub urgent: u32,
+    /// None.
+    pub padding: u32,
 }
 
 offsets! {
@@ -56,4 +49,22 @@ offsets! {
     parms_files: needed "unix_skb_parms" "fp";
     socket_inode: needed "socket_alloc" "vfs_inode";
     inode_ino: needed "inode" "i_ino";
+
+    task_files: needed "task_struct" "files";
+    files_fdt: needed "files_struct" "fdt";
+    fdt_fd: needed "fdtable" "fd";
+    file_private_data: needed "file" "private_data";
+    pipe_bufs: needed "pipe_inode_info" "bufs";
+    pipe_buffer_page: needed "pipe_buffer" "page";
+    page_size: needed "page" "";
+    skb_head: needed "sk_buff" "head";
+    skb_end: needed "sk_buff" "end";
+    shared_frags: needed "skb_shared_info" "frags";
+    shared_count: needed "skb_shared_info" "nr_frags";
+    shared_list: needed "skb_shared_info" "frag_list";
+    frag_size: needed "skb_frag" "";
+    frag_netmem: optional "skb_frag" "netmem";
+    frag_page: optional "skb_frag" "bv_page";
+    frag_length: optional "skb_frag" "len";
+    frag_offset: optional "skb_frag" "offset";
 }

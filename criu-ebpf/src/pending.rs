@@ -7,9 +7,6 @@
 //! table that is made for hundreds of thousands, which takes ten milliseconds and more.) Nothing is locked: the server
 //! stands still, and the gate lets no packets through.
 //!
-//! Most data is in pages, which a program can read only by their address. So the engine has a page with known content
-//! ready, and the program looks where the kernel sees it: that is the same distance for all.
-//!
 //! Those whose handshake is not over are in the kernel's table of connections, which is gone through only where a listening
 //! socket has any.
 //!
@@ -20,21 +17,20 @@
 mod access;
 #[expect(dead_code, reason = "what the other programs need of it")]
 mod kfuncs;
+mod queue;
 
-use access::{Scratch, copy, get, is_set, off, read};
+use access::{Scratch, get, is_set, off};
 use aya_ebpf::cty::c_void;
-use aya_ebpf::helpers::generated::{bpf_get_current_task, bpf_ktime_get_ns};
+use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap};
+use aya_ebpf::maps::HashMap;
 use criu_common::offsets::ABSENT;
-use criu_common::pending::{CLIENT, Client, DATA, MOST_LISTENERS, Offsets, PIECE, Piece, Search, Told};
+use criu_common::pending::{Client, MOST_LISTENERS, Offsets};
+use queue::{STEPS, TOLD};
 
 /// Filled in by the engine before the program is loaded.
 #[unsafe(no_mangle)]
 static OFFSETS: Offsets = Offsets::UNKNOWN;
-/// Likewise.
-#[unsafe(no_mangle)]
-static SEARCH: Search = Search { fd: 0, content: [0; 4] };
 
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "license")]
@@ -48,22 +44,9 @@ const NEW_SYN_RECV: u8 = 12;
 /// S_IFMT and S_IFSOCK.
 const TYPE: u16 = 0o170_000;
 const SOCKET: u16 = 0o140_000;
-/// More steps than a queue of any size takes.
-const STEPS: i32 = 8 << 20;
-/// How far the memory of two pages is apart at most, in GiB.
-const REACH: i32 = 16 << 10;
-/// Memory begins at a multiple of so much, and so does the table of pages: 64 bytes of it are one page of 4 KiB.
-const ALIGNED: u64 = 1 << 30;
-
 /// Inodes of the listening sockets that are asked about; not 0 where it was looked at: there may be more descriptors of it.
 #[map]
 static LISTENERS: HashMap<u64, u32> = HashMap::with_max_entries(MOST_LISTENERS, BPF_F_NO_PREALLOC);
-/// What is told. The engine makes it as large as it has to be.
-#[map]
-static PIECES: Array<Piece> = Array::with_max_entries(1, 0);
-/// One: how it went.
-#[map]
-static TOLD: Array<Told> = Array::with_max_entries(1, 0);
 
 /// `struct bpf_iter__task_file`
 #[repr(C)]
@@ -74,57 +57,11 @@ struct Context {
     file: *const c_void,
 }
 
-/// Where the walk stands. Not in registers: see [`kfuncs::repeat`].
-struct Walk {
-    /// Its inode.
-    listener: u64,
-    /// The request that comes next.
-    request: u64,
-    /// The queue that we are in.
-    queue: u64,
-    /// The packet in it; 0 at its end.
-    skb: u64,
-    /// The packet that `skb` is a part of.
-    outer: u64,
-    /// The next of its fragments, and how many there are.
-    frag: u64,
-    frags: u64,
-    /// What is being written: where, how much, and the number of its first byte.
-    at: u64,
-    left: u64,
-    seq: u64,
-    /// Steps of the search.
-    step: u64,
-    /// Where the record of the client is.
-    client: u64,
-}
+/// The inode of the listening socket, and the request that comes next. Not in registers: see [`kfuncs::repeat`].
+static LISTENER: Scratch<u64> = Scratch::new(0);
+static REQUEST: Scratch<u64> = Scratch::new(0);
 
-static WALK: Scratch<Walk> = Scratch::new(Walk {
-    listener: 0,
-    request: 0,
-    queue: 0,
-    skb: 0,
-    outer: 0,
-    frag: 0,
-    frags: 0,
-    at: 0,
-    left: 0,
-    seq: 0,
-    step: 0,
-    client: 0,
-});
-
-/// A field of the walk.
-macro_rules! walk {
-    ($field:ident) => {
-        (&raw mut (*WALK.get()).$field).read_volatile()
-    };
-    ($field:ident = $value:expr) => {
-        (&raw mut (*WALK.get()).$field).write_volatile($value)
-    };
-}
-
-/// `iter/task_file`: a [`Piece`] for each client that waits, and those with its data.
+/// `iter/task_file`: a [`Client`] for each that waits, and its data.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/task_file")]
 extern "C" fn pending(ctx: *const Context) -> i32 {
@@ -149,21 +86,23 @@ extern "C" fn pending(ctx: *const Context) -> i32 {
         if get::<u8>(listener, off!(skc_state)) != LISTEN {
             return 0;
         }
-        if TOLD.get(0).is_some_and(|told| told.memory == 0) {
-            walk!(step = 0);
-            kfuncs::repeat(2 * REACH, || find_memory());
-        }
         if let Some(told) = TOLD.get_ptr_mut(0) {
             (*told).requests += u64::from(get::<u32>(listener, off!(accept_requests)));
         }
-        walk!(listener = number);
-        walk!(request = get(listener, off!(accept_head)));
-        walk!(skb = 0);
-        walk!(outer = 0);
-        walk!(left = 0);
-        kfuncs::repeat(STEPS, || step());
+        queue::find_memory();
+        LISTENER.get().write_volatile(number);
+        REQUEST.get().write_volatile(get(listener, off!(accept_head)));
+        queue::clear();
+        kfuncs::repeat(STEPS, || queue::step(|skb| numbered(skb)) && next_client());
     }
     0
+}
+
+/// The number of a packet's first byte.
+#[inline(always)]
+unsafe fn numbered(skb: u64) -> u32 {
+    // SAFETY: it is read by a helper that checks the address.
+    unsafe { get(skb + u64::from(off!(skb_cb)), off!(cb_seq)) }
 }
 
 /// `struct bpf_iter__tcp`
@@ -174,7 +113,7 @@ struct TcpContext {
     uid: u32,
 }
 
-/// `iter/tcp`: a [`Piece`] for each client whose handshake with one of the listening sockets is not over.
+/// `iter/tcp`: a [`Client`] for each whose handshake with one of the listening sockets is not over.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/tcp")]
 extern "C" fn requests(ctx: *const TcpContext) -> i32 {
@@ -193,210 +132,31 @@ extern "C" fn requests(ctx: *const TcpContext) -> i32 {
         if LISTENERS.get(number).is_none() {
             return 0;
         }
-        if let Some(piece) = place() {
-            (*piece).kind = CLIENT;
-            (*piece).length = size_of::<Client>() as u32;
-            describe_request((&raw mut (*piece).bytes).cast(), number, request, listener);
+        if let Some(client) = queue::record::<Client>() {
+            describe_request(client, number, request, listener);
         }
     }
     0
 }
 
-/// One step of the search: whether it is over.
-#[inline(always)]
-unsafe fn find_memory() -> bool {
-    // SAFETY: all is read by a helper that checks the address.
-    unsafe {
-        let task = bpf_get_current_task();
-        let files: u64 = get(task, off!(task_files));
-        let table: u64 = get(get(files, off!(files_fdt)), off!(fdt_fd));
-        let fd = (&raw const SEARCH.fd).read_volatile();
-        let pipe: u64 = get(read::<u64>(table + fd * 8), off!(file_private_data));
-        let page: u64 = get(get(pipe, off!(pipe_bufs)), off!(pipe_buffer_page));
-        if page == 0 {
-            return true;
-        }
-        // Nearest first, to both sides of something that is in memory as well.
-        let step = walk!(step);
-        walk!(step = step + 1);
-        let apart = ((step + 1) >> 1) * ALIGNED;
-        let sign = 0u64.wrapping_sub(step & 1);
-        let near = (task & !(ALIGNED - 1)).wrapping_add((apart ^ sign).wrapping_sub(sign));
-        let memory = near | ((page << 6) & (ALIGNED - 1));
-        let found: [u64; 4] = [read(memory), read(memory + 8), read(memory + 16), read(memory + 24)];
-        let content = (&raw const SEARCH.content).read_volatile();
-        let differs =
-            (found[0] ^ content[0]) | (found[1] ^ content[1]) | (found[2] ^ content[2]) | (found[3] ^ content[3]);
-        if differs != 0 {
-            return false;
-        }
-        if let Some(told) = TOLD.get_ptr_mut(0) {
-            (*told).memory = memory.wrapping_sub(page << 6);
-        }
-        true
-    }
-}
-
-/// One step through the clients and their data: whether it was the last.
-#[inline(always)]
-unsafe fn step() -> bool {
-    // SAFETY: all is read by a helper that checks the address.
-    unsafe {
-        if walk!(left) != 0 {
-            data();
-            return false;
-        }
-        if walk!(skb) != 0 {
-            next_block();
-            return false;
-        }
-        next_client()
-    }
-}
-
-/// A place for the next piece, if there is room.
-#[inline(always)]
-unsafe fn place() -> Option<*mut Piece> {
-    // SAFETY: pointers into maps, which the verifier has seen checked.
-    unsafe {
-        let told = TOLD.get_ptr_mut(0)?;
-        let at = (*told).pieces;
-        (*told).pieces = at + 1;
-        PIECES.get_ptr_mut(at as u32)
-    }
-}
-
-/// Writes as much as a piece takes of what there is at one address.
-#[inline(always)]
-unsafe fn data() {
-    // SAFETY: a place is as long as a piece.
-    unsafe {
-        let mut length = walk!(left);
-        if length > PIECE as u64 {
-            length = PIECE as u64;
-        }
-        let (at, seq) = (walk!(at), walk!(seq));
-        walk!(at = at + length);
-        walk!(left = walk!(left) - length);
-        walk!(seq = seq + length);
-        let Some(piece) = place() else { return };
-        (*piece).kind = DATA;
-        (*piece).length = length as u32;
-        (*piece).seq = seq as u32;
-        copy((&raw mut (*piece).bytes).cast(), length as u32, at as *const c_void);
-    }
-}
-
-/// Begins with a packet, or with one that is a part of another.
-#[inline(always)]
-unsafe fn begin(skb: u64) {
-    // SAFETY: all is read by a helper that checks the address.
-    unsafe {
-        let (length, paged): (u32, u32) = (get(skb, off!(skb_length)), get(skb, off!(skb_paged)));
-        walk!(skb = skb);
-        walk!(at = get(skb, off!(skb_data)));
-        walk!(left = u64::from(length.wrapping_sub(paged)));
-        walk!(frag = 0);
-        walk!(frags = u64::from(get::<u8>(shared(skb), off!(shared_count))));
-    }
-}
-
-/// Where the `skb_shared_info` of a packet is.
-#[inline(always)]
-unsafe fn shared(skb: u64) -> u64 {
-    // SAFETY: all is read by a helper that checks the address.
-    unsafe { get::<u64>(skb, off!(skb_head)) + u64::from(get::<u32>(skb, off!(skb_end))) }
-}
-
-/// From one piece of memory of a packet to the next, and from packet to packet.
-#[inline(always)]
-unsafe fn next_block() {
-    // SAFETY: all is read by a helper that checks the address.
-    unsafe {
-        let (skb, frag) = (walk!(skb), walk!(frag));
-        if frag < walk!(frags) {
-            walk!(frag = frag + 1);
-            let at = shared(skb) + u64::from(off!(shared_frags)) + frag * u64::from(off!(frag_size));
-            fragment(at);
-            return;
-        }
-        let outer = walk!(outer);
-        if outer == 0 {
-            let list: u64 = get(shared(skb), off!(shared_list));
-            if list != 0 {
-                walk!(outer = skb);
-                begin(list);
-                return;
-            }
-        }
-        let sibling: u64 = get(skb, off!(skb_next));
-        if outer != 0 && sibling != 0 {
-            begin(sibling);
-            return;
-        }
-        walk!(outer = 0);
-        let next = if outer == 0 { sibling } else { get(outer, off!(skb_next)) };
-        packet(next);
-    }
-}
-
-/// Begins with a packet of the queue, if it is one.
-#[inline(always)]
-unsafe fn packet(skb: u64) {
-    // SAFETY: all is read by a helper that checks the address.
-    unsafe {
-        if skb == walk!(queue) || skb == 0 {
-            walk!(skb = 0);
-            return;
-        }
-        walk!(seq = u64::from(get::<u32>(skb + u64::from(off!(skb_cb)), off!(cb_seq))));
-        begin(skb);
-    }
-}
-
-/// Begins with a part of a packet that is in a page.
-#[inline(always)]
-unsafe fn fragment(at: u64) {
-    // SAFETY: all is read by a helper that checks the address.
-    unsafe {
-        let page: u64 = if off!(frag_netmem) == ABSENT { get(at, off!(frag_page)) } else { get(at, off!(frag_netmem)) };
-        let memory = TOLD.get(0).map_or(0, |told| told.memory);
-        walk!(left = u64::from(get::<u32>(at, off!(frag_length))));
-        walk!(at = memory.wrapping_add(page << 6) + u64::from(get::<u32>(at, off!(frag_offset))));
-        // With the lowest bit it is memory of a device.
-        if memory == 0 || page & 1 != 0 {
-            let client = PIECES.get_ptr_mut(walk!(client) as u32);
-            if let Some(client) = client {
-                (*(&raw mut (*client).bytes).cast::<Client>()).unreadable = 1;
-            }
-        }
-    }
-}
-
-/// Writes the next client: whether there was none.
+/// Begins with the next client: whether there is none.
 #[inline(always)]
 unsafe fn next_client() -> bool {
     // SAFETY: all is read by a helper that checks the address; a place has room for a client.
     unsafe {
-        let request = walk!(request);
+        let request = REQUEST.get().read_volatile();
         if request == 0 {
             return true;
         }
-        walk!(request = get(request, off!(request_next)));
+        REQUEST.get().write_volatile(get(request, off!(request_next)));
         let socket: u64 = get(request, off!(request_sk));
         if socket == 0 {
             return false;
         }
-        walk!(client = TOLD.get(0).map_or(0, |told| told.pieces));
-        if let Some(piece) = place() {
-            (*piece).kind = CLIENT;
-            (*piece).length = size_of::<Client>() as u32;
-            describe((&raw mut (*piece).bytes).cast(), socket);
+        if let Some(client) = queue::record::<Client>() {
+            describe(client, socket);
         }
-        let queue = socket + u64::from(off!(sock_queue));
-        walk!(queue = queue);
-        walk!(outer = 0);
-        packet(get(queue, off!(skb_next)));
+        queue::begin(socket + u64::from(off!(sock_queue)), |skb| numbered(skb));
         false
     }
 }
@@ -426,7 +186,6 @@ unsafe fn describe_common(client: *mut Client, listener: u64, socket: u64, signs
         (*client).family = get(socket, off!(skc_family));
         (*client).state = get(socket, off!(skc_state));
         (*client).interface = get(socket, off!(skc_interface));
-        (*client).unreadable = 0;
         (*client).mptcp = 0;
     }
 }
@@ -435,7 +194,7 @@ unsafe fn describe_common(client: *mut Client, listener: u64, socket: u64, signs
 unsafe fn describe(client: *mut Client, socket: u64) {
     // SAFETY: all is read by a helper that checks the address.
     unsafe {
-        describe_common(client, walk!(listener), socket, socket);
+        describe_common(client, LISTENER.get().read_volatile(), socket, socket);
         (*client).ports = [get(socket, off!(inet_sport)), get(socket, off!(skc_dport))];
         (*client).ecn = if off!(tcp_ecn) == ABSENT { 0 } else { get(socket, off!(tcp_ecn)) };
         (*client).copied_seq = get(socket, off!(tcp_copied_seq));

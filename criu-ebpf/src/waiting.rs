@@ -11,12 +11,14 @@
 #[expect(dead_code, reason = "what the other programs need of it")]
 mod access;
 mod ids;
+#[expect(dead_code, reason = "what the other programs need of it")]
+mod kfuncs;
+mod queue;
 
-use access::{Scratch, copy, get, is_set, off};
+use access::{Scratch, get, is_set, off};
 use aya_ebpf::cty::c_void;
-use aya_ebpf::helpers::generated::bpf_seq_write;
 use criu_common::offsets::ABSENT;
-use criu_common::waiting::{BYTES_MAX, DATA_MAX, Offsets, PACKETS_MAX, Packet};
+use criu_common::waiting::{Offsets, Packet};
 
 /// Filled in by the engine before the program is loaded.
 #[unsafe(no_mangle)]
@@ -26,26 +28,25 @@ static OFFSETS: Offsets = Offsets::UNKNOWN;
 #[unsafe(link_section = "license")]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 
-/// `struct bpf_iter_meta`: part of the interface, so not looked up.
-#[repr(C)]
-struct Meta {
-    seq: *mut c_void,
-}
-
 /// `struct bpf_iter__unix`
 #[repr(C)]
 struct Context {
-    meta: *const Meta,
+    meta: *const c_void,
     socket: *const c_void,
     uid: u32,
 }
 
-static DATA: Scratch<[u8; DATA_MAX]> = Scratch::new([0; DATA_MAX]);
-/// How many more bytes of the socket have room. Not in a register: the verifier would know its bounds, find them other ones
-/// each time round the loop, and walk over all ways through it.
-static ROOM: Scratch<u32> = Scratch::new(0);
+/// What the packets of one queue have in common. Not in registers: see [`kfuncs::repeat`].
+struct Common {
+    client: u64,
+    urgent: u64,
+    of: u32,
+    level: u32,
+}
 
-/// `iter/unix`: a [`Packet`] for each one that waits in a connection that was not accepted.
+static COMMON: Scratch<Common> = Scratch::new(Common { client: 0, urgent: 0, of: 0, level: 0 });
+
+/// `iter/unix`: a [`Packet`] for each one that waits in a connection that was not accepted, and its data.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/unix")]
 extern "C" fn waiting(ctx: *const Context) -> i32 {
@@ -64,61 +65,40 @@ extern "C" fn waiting(ctx: *const Context) -> i32 {
             return 0;
         }
         let inode = client + u64::from(off!(socket_inode));
-        tell((*(*ctx).meta).seq, socket, get(inode, off!(inode_ino)));
+        let packets = socket + u64::from(off!(sock_queue));
+        let of: u32 = get(packets, off!(queue_length));
+        if of == 0 {
+            return 0;
+        }
+        queue::find_memory();
+        let urgent: u64 = if off!(unix_urgent) == ABSENT { 0 } else { get(socket, off!(unix_urgent)) };
+        let client: u64 = get(inode, off!(inode_ino));
+        COMMON.get().write_volatile(Common { client, urgent, of, level: ids::reader_level() });
+        queue::clear();
+        queue::begin(packets, |skb| tell(skb));
+        kfuncs::repeat(queue::STEPS, || queue::step(|skb| tell(skb)));
     }
     0
 }
 
-/// Writes a record for each packet in the queue of a socket.
-///
-/// # Safety
-/// `seq` is the iterator's own.
+/// Writes the record of a packet. Those of unix sockets have no numbers.
 #[inline(always)]
-unsafe fn tell(seq: *mut c_void, socket: u64, client: u64) {
-    // SAFETY: as in `waiting`; the buffer is as long as the mask allows.
+unsafe fn tell(skb: u64) -> u32 {
+    // SAFETY: all is read by a helper that checks the address; a place has room for a record.
     unsafe {
-        let queue = socket + u64::from(off!(sock_queue));
-        let of: u32 = get(queue, off!(queue_length));
-        let urgent: u64 = if off!(unix_urgent) == ABSENT { 0 } else { get(socket, off!(unix_urgent)) };
-        let level = ids::reader_level();
-        let mut skb: u64 = get(queue, off!(skb_next));
-        ROOM.get().write_volatile(BYTES_MAX);
-        for _ in 0..PACKETS_MAX {
-            if skb == queue || skb == 0 {
-                return;
-            }
-            let parms = skb + u64::from(off!(skb_cb));
-            let length: u32 = get(skb, off!(skb_length));
-            let readable = get::<u32>(skb, off!(skb_paged)) == 0 && length < DATA_MAX as u32;
-            let room = ROOM.get().read_volatile();
-            if readable && length > room {
-                return;
-            }
-            let tail = if readable { length & (DATA_MAX as u32 - 1) } else { 0 };
-            let packet = Packet {
-                client,
-                of,
-                length,
-                tail,
-                files: u32::from(is_set(get(parms, off!(parms_files)))),
-                pid: ids::id_at(get(parms, off!(parms_pid)), level),
-                uid: get(parms, off!(parms_uid)),
-                gid: get(parms, off!(parms_gid)),
-                urgent: u32::from(skb == urgent),
-            };
-            if bpf_seq_write(seq.cast(), (&raw const packet).cast(), size_of::<Packet>() as u32) != 0 {
-                return;
-            }
-            if tail != 0 {
-                let data = DATA.get().cast::<u8>();
-                copy(data, tail, get::<u64>(skb, off!(skb_data)) as *const c_void);
-                if bpf_seq_write(seq.cast(), data.cast(), tail) != 0 {
-                    return;
-                }
-                ROOM.get().write_volatile(room.wrapping_sub(tail));
-            }
-            skb = get(skb, off!(skb_next));
+        let Common { client, urgent, of, level } = COMMON.get().read_volatile();
+        let parms = skb + u64::from(off!(skb_cb));
+        if let Some(packet) = queue::record::<Packet>() {
+            (*packet).client = client;
+            (*packet).of = of;
+            (*packet).length = get(skb, off!(skb_length));
+            (*packet).files = u32::from(is_set(get(parms, off!(parms_files))));
+            (*packet).pid = ids::id_at(get(parms, off!(parms_pid)), level);
+            (*packet).uid = get(parms, off!(parms_uid));
+            (*packet).gid = get(parms, off!(parms_gid));
+            (*packet).urgent = u32::from(skb == urgent);
         }
+        0
     }
 }
 

@@ -44,9 +44,9 @@ rows! {
     /// What waits in a connection that nobody has accepted can be read by eBPF only.
     backlog_with_data => |row| unaccepted(row, "backlog_with_data");
     backlog_with_packets => |row| unaccepted(row, "backlog_with_packets");
+    backlog_with_pages => |row| unaccepted(row, "backlog_with_pages");
 
-    /// What eBPF cannot read either: refused, and it is still there.
-    backlog_with_pages => |row| row.refused(&Workload::new("unix.py", "backlog_with_pages"), "not accepted");
+    /// What cannot be carried over: refused, and it is still there.
     backlog_with_descriptors => |row| row.refused(&Workload::new("unix.py", "backlog_with_descriptors"), "not accepted");
 
     /// The other side belongs to somebody else: refused, and the connection goes on.

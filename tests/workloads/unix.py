@@ -281,12 +281,27 @@ def backlog_with_packets():
 
 @case
 def backlog_with_pages():
-    """So much data at once that the kernel keeps it in pages."""
+    """So much data at once that the kernel keeps it in pages, as much as goes in, and many small pieces."""
     server, clients = waiting_clients()
-    clients[0].send(b"x" * 20000)
+    pattern = b"".join(struct.pack("<I", n) for n in range(60000))
+    clients[0].send(pattern[:20000])
+    clients[1].setblocking(False)
+    sent = 0
+    try:
+        while True:
+            sent += clients[1].send(pattern[sent : sent + 50000])
+    except BlockingIOError:
+        pass
+    check(sent > 100000, f"only {sent} bytes go in")
+    clients[1].setblocking(True)
+    for n in range(200):
+        clients[2].send(b"%d," % n)
     yield
-    session, _ = server.accept()
-    equal(len(session.recv(30000)), 20000, "what was sent before it was accepted")
+    wanted = pattern[:20000], pattern[:sent], b"".join(b"%d," % n for n in range(200))
+    for client, data in zip(clients, wanted):
+        session, _ = server.accept()
+        check(session.recv(len(data), socket.MSG_WAITALL) == data, "what was sent before it was accepted")
+        talk(client, session)
 
 
 @case

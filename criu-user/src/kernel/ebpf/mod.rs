@@ -11,6 +11,7 @@ pub mod links;
 pub mod maps;
 pub mod object;
 pub mod pending;
+pub mod pieces;
 pub mod restart;
 pub mod survey;
 pub mod waiting;

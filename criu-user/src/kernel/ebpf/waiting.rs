@@ -4,14 +4,13 @@
 //! It takes a millisecond or two: so it is asked only where a connection is known to be such a one.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
+use criu_common::pieces::Piece;
 use criu_common::waiting::{Packet, SOURCES};
 
-use super::object::Loaded;
-use super::survey::read_to_end;
-use super::{EbpfError, EbpfResult, bpf, cache};
+use super::pieces::{self, Item, LOOPS, Pieces};
+use super::{EbpfError, EbpfResult, bpf};
 
 /// The compiled program; none where the toolchain was missing.
 #[cfg(ebpf_programs)]
@@ -26,15 +25,15 @@ static OBJECT: Option<&[u8]> = Some({
 static OBJECT: Option<&[u8]> = None;
 
 const PROGRAM: &str = "waiting";
-/// The kernel function that stands for the iterator.
-const FUNCTION: &str = "bpf_iter_unix";
+/// The kernel function that stands for the iterator, and those that the program calls.
+const FUNCTIONS: [&str; 4] = ["bpf_iter_unix", LOOPS[0], LOOPS[1], LOOPS[2]];
 
 /// A packet that waits, as far as it could be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Waiting {
     /// The kernel's record.
     pub record: Packet,
-    /// Its bytes; none where the record says that they cannot be had.
+    /// Its bytes; fewer than the record says where they could not be read.
     pub data: Vec<u8>,
 }
 
@@ -42,63 +41,71 @@ pub struct Waiting {
 /// in the order in which it was sent.
 ///
 /// # Minimum kernel version
-/// 5.15, for the iterator over unix sockets.
+/// 6.4, for loops of that kind.
 pub fn all() -> EbpfResult<HashMap<u64, Vec<Waiting>>> {
     let object = OBJECT.ok_or(EbpfError::NotBuilt)?;
-    let layout = cache::layout(SOURCES, &[FUNCTION])?;
-    let offsets = layout.bytes();
-    let object = Loaded::new(PROGRAM, object, HashMap::from([("OFFSETS", (offsets.as_slice(), true))]))?;
-    let program = object.load_iter(PROGRAM, layout.functions[0])?;
-    let iterator = bpf::iterate_all(program.as_fd()).map_err(|(command, source)| {
-        let on = format!("iterator `{PROGRAM}` over unix sockets");
-        EbpfError::Call { command, on, source }
+    let mut reader = Pieces::new(PROGRAM, object, SOURCES, &FUNCTIONS, 0)?;
+    let told = reader.read(|pieces, _| {
+        let program: OwnedFd = pieces.load(PROGRAM, 0)?;
+        let iterator = bpf::iterate_all(program.as_fd()).map_err(|(command, source)| {
+            let on = format!("iterator `{PROGRAM}` over unix sockets");
+            EbpfError::Call { command, on, source }
+        })?;
+        pieces.go(iterator)
     })?;
-    let mut bytes = Vec::new();
-    read_to_end(File::from(iterator), &mut bytes).map_err(|source| EbpfError::Read {
-        program: PROGRAM,
-        pid: std::process::id() as i32,
-        source,
-    })?;
-    parse(&bytes).ok_or_else(|| EbpfError::BadRecord { program: PROGRAM, pid: std::process::id() as i32, at: 0 })
+    parse(&told).ok_or_else(|| reader.broken())
 }
 
-fn parse(mut bytes: &[u8]) -> Option<HashMap<u64, Vec<Waiting>>> {
+fn parse(told: &[Piece]) -> Option<HashMap<u64, Vec<Waiting>>> {
     let mut found: HashMap<u64, Vec<Waiting>> = HashMap::new();
-    while !bytes.is_empty() {
-        let (fixed, rest) = bytes.split_at_checked(size_of::<Packet>())?;
-        // SAFETY: `fixed` is as long as a record, which is integers without a gap: any bytes are one.
-        let record = unsafe { fixed.as_ptr().cast::<Packet>().read_unaligned() };
-        let (data, rest) = rest.split_at_checked(record.tail as usize)?;
-        found.entry(record.client).or_default().push(Waiting { record, data: data.to_vec() });
-        bytes = rest;
+    let mut last = None;
+    for item in pieces::items(told) {
+        match item? {
+            Item::Record(bytes) => {
+                let bytes: &[u8; size_of::<Packet>()] = bytes.try_into().ok()?;
+                // SAFETY: there are as many bytes; they are integers without a gap.
+                let record = unsafe { bytes.as_ptr().cast::<Packet>().read_unaligned() };
+                last = Some(record.client);
+                found.entry(record.client).or_default().push(Waiting { record, data: Vec::new() });
+            }
+            Item::Data(_, bytes) => found.get_mut(&last?)?.last_mut()?.data.extend_from_slice(bytes),
+            Item::Unreadable => {}
+        }
     }
     Some(found)
 }
 
 #[cfg(test)]
 mod tests {
+    use criu_common::pieces::{DATA, PIECE, RECORD};
+
     use super::*;
 
-    fn bytes_of(record: &Packet, data: &[u8]) -> Vec<u8> {
+    fn piece(kind: u32, content: &[u8]) -> Piece {
+        let mut bytes = [0; PIECE];
+        bytes[..content.len()].copy_from_slice(content);
+        Piece { kind, length: content.len() as u32, seq: 0, padding: 0, bytes }
+    }
+
+    fn record(client: u64) -> Piece {
+        let record = Packet { client, of: 2, length: 3, ..Packet::default() };
         // SAFETY: integers without a gap.
-        let fixed = unsafe { std::slice::from_raw_parts((&raw const *record).cast::<u8>(), size_of::<Packet>()) };
-        [fixed, data].concat()
+        piece(RECORD, unsafe { std::slice::from_raw_parts((&raw const record).cast::<u8>(), size_of::<Packet>()) })
     }
 
     #[test]
     fn packets_are_told_apart_by_client_and_keep_their_order() {
-        let record = |client, tail| Packet { client, of: 2, length: 3, tail, ..Packet::default() };
-        let bytes =
-            [bytes_of(&record(7, 3), b"one"), bytes_of(&record(9, 0), b""), bytes_of(&record(7, 3), b"two")].concat();
-        let found = parse(&bytes).expect("whole");
+        let told = [record(7), piece(DATA, b"o"), piece(DATA, b"ne"), record(9), record(7), piece(DATA, b"two")];
+        let found = parse(&told).expect("whole");
         let data: Vec<&[u8]> = found[&7].iter().map(|w| w.data.as_slice()).collect();
         assert_eq!(data, [b"one", b"two"]);
         assert_eq!((found[&9].len(), found[&9][0].data.len()), (1, 0));
     }
 
     #[test]
-    fn what_was_cut_short_is_nothing() {
-        let whole = bytes_of(&Packet { tail: 3, ..Packet::default() }, b"one");
-        assert!((1..whole.len()).all(|end| parse(&whole[..end]).is_none()));
+    fn what_makes_no_sense_is_nothing() {
+        assert!(parse(&[piece(DATA, b"one")]).is_none());
+        assert!(parse(&[piece(RECORD, b"short")]).is_none());
+        assert!(parse(&[piece(77, b"")]).is_none());
     }
 }

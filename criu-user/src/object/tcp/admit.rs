@@ -367,7 +367,7 @@ fn stuck(client: SocketAddr) -> Failure {
 
 /// Makes sure that a client's socket is what it was.
 fn settle(client: &Client, now: Option<Waiting>) -> Result<(), Failure> {
-    let Some(Waiting { client: socket, data }) = now.filter(|now| now.data == client.data) else {
+    let Some(Waiting { client: socket, data, .. }) = now.filter(|now| now.data == client.data) else {
         return Err(format!("what the client {} had sent is not what its new socket has", client.ends.remote).into());
     };
     tracing::debug!(ends = %client.ends, state = socket.state, bytes = data.len(), "a client waits again");

@@ -337,7 +337,7 @@ mod tests {
         client.remote[..4].copy_from_slice(&[10, 0, 0, 1]);
         client.ports = [80u16.to_be_bytes(), 4000u16.to_be_bytes()];
         change(&mut client);
-        Waiting { client, data: b"one".to_vec() }
+        Waiting { client, data: b"one".to_vec(), readable: true }
     }
 
     fn refused(change: impl FnOnce(&mut pending::Client)) -> bool {
@@ -358,7 +358,8 @@ mod tests {
         assert!(refused(|c| c.interface = 2));
         assert!(refused(|c| c.mss = 500));
         assert!(refused(|c| c.rcv_nxt = 1010));
-        assert!(refused(|c| c.unreadable = 1));
+        let unreadable = Waiting { readable: false, ..waiting(|_| {}) };
+        assert!(unsupported(&unreadable, &ends(&unreadable.client)).is_some());
     }
 
     #[test]

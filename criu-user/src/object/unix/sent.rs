@@ -56,12 +56,14 @@ fn refuse(seen: &Seen, cx: &mut Capture<'_>, why: &str) {
 fn obstacle(packets: &[Waiting]) -> Option<&'static str> {
     let Some(first) = packets.first() else { return Some("it was not found") };
     if packets.len() != first.record.of as usize {
-        return Some("it is more than eBPF can read");
+        return Some("it changes while it is read");
+    }
+    if packets.iter().any(|packet| packet.data.len() != packet.record.length as usize) {
+        return Some("it is where eBPF cannot read it");
     }
     packets.iter().map(|packet| packet.record).find_map(|record| match record {
         _ if record.files != 0 => Some("descriptors come with it"),
         _ if record.urgent != 0 => Some("there is urgent data in it"),
-        _ if record.tail != record.length => Some("it was sent in large pieces, which eBPF cannot read"),
         _ => None,
     })
 }
@@ -89,7 +91,7 @@ mod tests {
     use super::*;
 
     fn packet(change: impl FnOnce(&mut Packet)) -> Waiting {
-        let mut record = Packet { client: 7, of: 1, length: 3, tail: 3, ..Packet::default() };
+        let mut record = Packet { client: 7, of: 1, length: 3, ..Packet::default() };
         change(&mut record);
         Waiting { record, data: b"one".to_vec() }
     }
