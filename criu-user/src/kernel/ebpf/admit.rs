@@ -41,12 +41,6 @@ fn failed(on: &'static str) -> impl FnOnce((&'static str, std::io::Error)) -> Eb
     move |(command, source)| EbpfError::Call { command, on: on.into(), source }
 }
 
-/// Whether this kernel can make such sockets.
-pub fn is_supported() -> EbpfResult<()> {
-    OBJECT.ok_or(EbpfError::NotBuilt)?;
-    id().map(drop)
-}
-
 fn id() -> EbpfResult<u32> {
     let missing = || EbpfError::Missing { what: format!("function `{FUNCTION}` (Linux 6.9, CONFIG_SYN_COOKIES)") };
     btf::ids(&[FUNCTION])?.1.first().copied().flatten().ok_or_else(missing)

@@ -8,7 +8,7 @@ use criu_common::kfuncs;
 use criu_common::pending::{Client, SOURCES};
 use criu_common::pieces::Piece;
 
-use super::pieces::{self, Item, Loading, Pieces};
+use super::pieces::{self, Item, LOOPS, Loading, Pieces};
 use super::{EbpfError, EbpfResult, bpf, maps};
 
 /// The compiled program; none where the toolchain was missing.
@@ -26,9 +26,10 @@ static OBJECT: Option<&[u8]> = None;
 const PROGRAM: &str = "pending";
 /// The one about handshakes that are not over.
 const REQUESTS: &str = "requests";
-/// The kernel functions that stand for the iterators, and those that the programs call.
-const FUNCTIONS: [&str; 5] =
-    ["bpf_iter_task_file", "bpf_iter_tcp", kfuncs::NAMES[0], kfuncs::NAMES[1], kfuncs::NAMES[2]];
+/// The kernel functions that stand for the iterators, the one that brings clients back, without which it is of no use to look
+/// at them, and those that the programs call.
+const FUNCTIONS: [&str; 6] = ["bpf_iter_task_file", "bpf_iter_tcp", kfuncs::NAMES[3], LOOPS[0], LOOPS[1], LOOPS[2]];
+
 /// A client that waits.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Waiting {
@@ -65,7 +66,7 @@ pub enum Which {
 /// Asks the kernel for them.
 ///
 /// # Minimum kernel version
-/// 6.4, for loops of that kind.
+/// 6.9, for bringing them back.
 #[derive(Debug)]
 pub struct Reader {
     listeners: Vec<[u8; 8]>,

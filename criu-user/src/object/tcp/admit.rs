@@ -70,16 +70,17 @@ pub fn plan(entry: &Arc<InetSkEntry>, file: FileRef, cx: &mut Planner<'_>) -> Re
     }
     let clients = waiting.into_iter().map(|(client, data)| Client::of(&client, data)).collect::<Result<Vec<_>, _>>()?;
     let reception = Arc::clone(cx.shelf.get::<Arc<Reception>>());
+    let wire = Arc::clone(cx.shelf.get::<Arc<Wire>>());
     let connections = &mut cx.plan.connections;
     connections.files.push(file);
     let mut guests = reception.guests();
     if guests.is_empty() {
-        connections.release.push(Box::new(Receive(Arc::clone(&reception))));
+        connections.release.push(Box::new(Receive(Arc::clone(&reception), Arc::clone(&wire))));
     }
     for client in clients {
         let client = Arc::new(client);
         connections.locked.push(client.ends.key());
-        let greet = Box::new(Greet(Arc::clone(&client)));
+        let greet = Box::new(Greet(Arc::clone(&client), Arc::clone(&wire)));
         connections.resume.push(Resumption { of: client.ends.key(), quiet: false, deed: greet });
         guests.push(Guest { server: file, entry: Arc::clone(entry), client });
     }
@@ -251,7 +252,7 @@ impl Reception {
 
 /// Brings all clients back.
 #[derive(Debug)]
-struct Receive(Arc<Reception>);
+struct Receive(Arc<Reception>, Arc<Wire>);
 
 impl Deed for Receive {
     fn describe(&self) -> String {
@@ -270,7 +271,7 @@ impl Deed for Receive {
         let admission = |client: &Client| Admission { attributes: client.attributes(), ..Admission::default() };
         let admissions: Vec<_> = clients.iter().map(|client| (client.ends.key(), admission(client))).collect();
         let door = Door::new(&admissions)?;
-        let (wire, asker) = (Wire::default(), Asker::new()?);
+        let (wire, asker) = (&*self.1, Asker::new()?);
         let mut inodes = Vec::new();
         for guest in guests.iter() {
             let server = opened.get(guest.server).ok_or("a listening socket is not open")?;
@@ -279,11 +280,11 @@ impl Deed for Receive {
                 // What it has asked for is in the kernel still, without anybody to answer.
                 asker.forget_request(guest.client.ends.local, guest.client.ends.remote)?;
             }
-            let arrive = || guest.client.arrive(&wire).and_then(|()| wait_for(&guest.client, &asker, &door));
+            let arrive = || guest.client.arrive(wire).and_then(|()| wait_for(&guest.client, &asker, &door));
             with_buffer(server, &guest.entry.opts, guest.client.buffer(), arrive)?;
         }
         inodes.dedup();
-        complete(&clients, &wire, &mut Reader::new(&inodes, clients.len() as u32, Which::Connected)?)
+        complete(&clients, wire, &mut Reader::new(&inodes, clients.len() as u32, Which::Connected)?)
     }
 }
 
@@ -378,7 +379,7 @@ fn settle(client: &Client, now: Option<Waiting>) -> Result<(), Failure> {
 /// Tells a client how far its server is: what was on its way to it meanwhile has been dropped. One that has asked for the
 /// connection may be waiting for the answer; where it has that already, it takes it for a late copy.
 #[derive(Debug)]
-struct Greet(Arc<Client>);
+struct Greet(Arc<Client>, Arc<Wire>);
 
 impl Deed for Greet {
     fn describe(&self) -> String {
@@ -399,6 +400,6 @@ impl Deed for Greet {
         } else {
             packet::build(&client.ends, &segment(client.stream.rcv_wscale()))?
         };
-        Ok(Wire::default().send(&packet, client.ends.on_the_wire().remote, Pass::Plain)?)
+        Ok(self.1.send(&packet, client.ends.on_the_wire().remote, Pass::Plain)?)
     }
 }

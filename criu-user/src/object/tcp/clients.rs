@@ -137,16 +137,28 @@ impl Clients {
         self.found.iter().map(|client| client.ends.key())
     }
 
+    /// What reads them, unless there are none.
+    fn late_reader(&mut self) -> Result<Option<Reader>, ObjectError> {
+        if self.reader.is_some() || !self.are_likely()? {
+            return Ok(self.reader.take());
+        }
+        let waiting = self.waiting()?;
+        match self.reader(waiting) {
+            Ok(reader) => Ok(Some(reader)),
+            Err(err) if waiting == 0 => {
+                tracing::warn!(%err, "clients whose handshake with a server is not over are not carried over");
+                Ok(None)
+            }
+            Err(err) => Err(self.failed(err.to_string())),
+        }
+    }
+
     /// Reads them while they are held. Some may have come since the last look: these are held as well, and all are read
     /// again.
     pub fn read(&mut self, mut gate: Option<&mut Gate>) -> Result<(), ObjectError> {
         /// However many come.
         const ATTEMPTS: u32 = 100;
-        let mut reader = match self.reader.take() {
-            Some(reader) => reader,
-            None if !self.are_likely()? => return Ok(()),
-            None => self.reader(self.waiting()?).map_err(|err| self.failed(err.to_string()))?,
-        };
+        let Some(mut reader) = self.late_reader()? else { return Ok(()) };
         for _ in 0..ATTEMPTS {
             let held: std::collections::HashSet<gate::Connection> = self.keys().collect();
             let waiting = reader.read().map_err(|err| self.failed(err.to_string()))?;
