@@ -32,8 +32,10 @@ rows! {
     that_changes => |row| {
         let row = row.with(Options::dump(&["-R", "--verify-cache"]));
         let mut program = crate::track::writes("fresh").start();
-        let (mut hits, mut misses) = (0, 0);
-        for _ in 0..20 {
+        let (mut dumps, mut hits, mut misses) = (0, 0, 0);
+        // From the reading ahead to the freeze takes a fraction of what is between two changes: one dump in five notices.
+        while dumps < 20 || misses == 0 && dumps < 200 && by_ebpf(&row) {
+            dumps += 1;
             let images = row.next_images(&program);
             row.dumper.dump(&program, &images, &row.options).expect_success();
             hits += told(&images, "hits");
@@ -41,7 +43,8 @@ rows! {
         }
         if by_ebpf(&row) {
             // A map that is being changed at the very moment of reading is not kept: neither the one nor the other.
-            assert!((10..=20).contains(&(hits + misses)), "{hits} hits and {misses} misses of 20");
+            assert!((dumps / 2..=dumps).contains(&(hits + misses)), "{hits} hits and {misses} misses of {dumps}");
+            println!("{hits} hits and {misses} misses of {dumps}");
             assert!(misses > 0, "it maps memory every other millisecond, and nobody has noticed");
         }
         let images = row.next_images(&program);
