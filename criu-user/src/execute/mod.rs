@@ -30,7 +30,7 @@ use crate::agent::{AgentError, Batch, Crew, Member};
 use crate::kernel::apart::Watchman;
 use crate::kernel::clone;
 use crate::kernel::error::During;
-use crate::kernel::gate::Gate;
+use crate::kernel::gate::{self, Gate};
 use crate::kernel::proc;
 use crate::kernel::ptrace::{self, Stop};
 use crate::object::{ObjectError, clocks};
@@ -231,9 +231,11 @@ impl Run<'_> {
                 for pid in &processes {
                     let _ = kill(*pid, Signal::SIGKILL);
                 }
-            } else if let Ok(Some(gate)) = Gate::find(name) {
-                // There is nobody to be told if that fails.
-                let _ = gate.unlock().and_then(|_| gate.remove());
+                return;
+            }
+            // There is nobody to be told if that fails. Where we have begun to take it away, only a part of it is left.
+            for gate in gate::pinned().unwrap_or_default().iter().filter(|gate| gate.name == *name) {
+                let _ = gate.clear();
             }
         };
         Ok(Some(Watchman::start(act)?))
