@@ -3,9 +3,8 @@
 //! Until accept(2) their ends have no descriptor through which anybody could look, and whoever accepted one would change
 //! the program. But the engine has a descriptor of the listening socket: the iterator comes by all of the engine's
 //! descriptors, and from those that it asks about the program goes along the queue of those that can be accepted, in that
-//! order, and through each one's receive queue. (An iterator over all TCP sockets would do as well, but goes through a
-//! table that is made for hundreds of thousands, which takes ten milliseconds and more.) Nothing is locked: the server
-//! stands still, and the gate lets no packets through.
+//! order, and through each one's receive queue. Nothing is locked: the server stands still, and the gate
+//! lets no packets through.
 //!
 //! Those whose handshake is not over are in the kernel's table of connections, which is gone through only where a listening
 //! socket has any.

@@ -30,7 +30,7 @@ fn port_of(waiting: &Waiting) -> u16 {
 }
 
 #[test]
-#[ignore = "needs root"]
+#[ignore = "needs root and the eBPF programs: cargo xtask test"]
 fn clients_are_told_in_order_with_all_that_they_have_sent() {
     for address in ["127.0.0.1:0", "[::1]:0"] {
         let listener = TcpListener::bind(address.parse::<SocketAddr>().expect("an address")).expect("a listener");

@@ -29,7 +29,7 @@ def waiting(sock):
 
 
 def agreed(sock):
-    """Timestamps, selective acknowledgements, scales. The kernel tells congestion only where tcp_ecn is 1."""
+    """Timestamps, selective acknowledgements, scales. Congestion notification is lost."""
     _, options, scales = info(sock)
     return options & 7, scales
 

@@ -89,10 +89,9 @@ impl Watchman {
     fn watch(from: &OwnedFd) -> Option<bool> {
         // Our copies of the caller's files would keep pipes and sockets open, and its end of this pipe as well.
         let own = from.as_raw_fd() as u32;
-        // SAFETY: nothing in this process uses any of them again.
-        unsafe {
-            libc::close_range(0, own - 1, 0);
-            libc::close_range(own + 1, u32::MAX, 0);
+        for (first, last) in own.checked_sub(1).map(|last| (0, last)).into_iter().chain([(own + 1, u32::MAX)]) {
+            // SAFETY: nothing in this process uses any of them again.
+            unsafe { libc::close_range(first, last, 0) };
         }
         let (mut passed, mut word) = (false, [0]);
         loop {

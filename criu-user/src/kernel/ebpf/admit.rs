@@ -9,24 +9,15 @@ use criu_common::pending::Admission;
 
 use super::bpf::Purpose;
 use super::links::{self, Way};
-use super::object::Loaded;
+use super::object::{Loaded, compiled};
 use super::{EbpfError, EbpfResult, btf, maps};
 use crate::kernel::interfaces;
 
-/// The compiled program; none where the toolchain was missing.
-#[cfg(ebpf_programs)]
-static OBJECT: Option<&[u8]> = Some({
-    /// ELF parsing reads words in place.
-    #[repr(C, align(16))]
-    struct Aligned<T: ?Sized>(T);
-    static ALIGNED: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/admit")));
-    &ALIGNED.0
-});
-#[cfg(not(ebpf_programs))]
-static OBJECT: Option<&[u8]> = None;
+/// The compiled programs.
+static OBJECT: Option<&[u8]> = compiled!("admit");
 
 const PROGRAM: &str = "admit";
-const FUNCTION: &str = kfuncs::NAMES[3];
+const FUNCTION: &str = kfuncs::ASSIGN;
 /// Where packets of our own come in.
 const LOOPBACK: &str = "lo";
 
@@ -54,7 +45,7 @@ impl Door {
     pub fn new(clients: &[(Connection, Admission)]) -> EbpfResult<Self> {
         let id = id()?;
         let mut object = Loaded::new(PROGRAM, OBJECT.ok_or(EbpfError::NotBuilt)?, HashMap::new())?;
-        object.bind(&[(kfuncs::SK_ASSIGN_TCP_REQSK, id)]);
+        object.bind(&[FUNCTION], &[id]);
         let program = object.load(PROGRAM, Purpose::Classifier)?;
         let map = object.take_map("CLIENTS")?;
         let keys: Vec<_> = clients.iter().map(|(key, _)| bytes(key)).collect();

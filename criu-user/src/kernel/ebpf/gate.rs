@@ -15,22 +15,13 @@ use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::bpf::Purpose;
 use super::links::{self, Way};
-use super::object::Loaded;
+use super::object::{Loaded, compiled};
 use super::{EbpfError, EbpfResult, maps};
 use crate::kernel::SysError;
 use crate::kernel::interfaces::{self, Watch};
 
-/// The compiled program; none where the toolchain was missing.
-#[cfg(ebpf_programs)]
-static OBJECT: Option<&[u8]> = Some({
-    /// ELF parsing reads words in place.
-    #[repr(C, align(16))]
-    struct Aligned<T: ?Sized>(T);
-    static ALIGNED: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/gate")));
-    &ALIGNED.0
-});
-#[cfg(not(ebpf_programs))]
-static OBJECT: Option<&[u8]> = None;
+/// The compiled programs.
+static OBJECT: Option<&[u8]> = compiled!("gate");
 
 /// Where bpf file systems are mounted by custom.
 const BPFFS: &str = "/sys/fs/bpf";

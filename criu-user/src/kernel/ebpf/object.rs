@@ -9,9 +9,27 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use aya_obj::generated::bpf_insn;
 use aya_obj::{EbpfSectionKind, Map, Object};
+use criu_common::kfuncs;
 
 use super::bpf::{self, Access, Program, Purpose};
 use super::{EbpfError, EbpfResult, maps};
+
+/// The programs of `criu-ebpf/` of this name, as they were compiled; none where the toolchain was missing.
+macro_rules! compiled {
+    ($name:literal) => {{
+        #[cfg(ebpf_programs)]
+        {
+            /// ELF parsing reads words in place.
+            #[repr(C, align(16))]
+            struct Aligned<T: ?Sized>(T);
+            static ALIGNED: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/", $name)));
+            Some(&ALIGNED.0)
+        }
+        #[cfg(not(ebpf_programs))]
+        None
+    }};
+}
+pub(super) use compiled;
 
 /// Room for what the verifier says: enough for one walk over a program of some thousand instructions.
 const LOG_ROOM: usize = 4 << 20;
@@ -81,15 +99,17 @@ impl Loaded {
         Ok(Self { name, license: object.license, programs, maps })
     }
 
-    /// Has the programs call functions of the kernel: each is the number that stands for it
-    /// ([`criu_common::kfuncs`]) and its id.
-    pub fn bind(&mut self, ids: &[(u32, u32)]) {
+    /// Has the programs call functions of the kernel, by the ids that belong to these names. Others are passed over: those
+    /// that stand for iterators.
+    pub fn bind(&mut self, names: &[&str], ids: &[u32]) {
         /// BPF_JMP | BPF_CALL
         const CALL: u8 = 0x85;
         /// BPF_PSEUDO_KFUNC_CALL
         const BY_ID: u8 = 2;
+        let ids: HashMap<u32, u32> =
+            names.iter().zip(ids).filter_map(|(name, id)| Some((kfuncs::number_of(name)?, *id))).collect();
         for instruction in self.programs.values_mut().flatten().filter(|i| i.code == CALL && i.src_reg() == 0) {
-            if let Some((_, id)) = ids.iter().find(|(called, _)| *called == instruction.imm as u32) {
+            if let Some(id) = ids.get(&(instruction.imm as u32)) {
                 instruction.set_src_reg(BY_ID);
                 instruction.imm = *id as i32;
             }

@@ -8,27 +8,20 @@ use criu_common::kfuncs;
 use criu_common::pending::{Client, SOURCES};
 use criu_common::pieces::Piece;
 
-use super::pieces::{self, Item, LOOPS, Loading, Pieces};
+use super::object::compiled;
+use super::pieces::{self, Item, Loading, Pieces};
 use super::{EbpfError, EbpfResult, bpf, maps};
 
-/// The compiled program; none where the toolchain was missing.
-#[cfg(ebpf_programs)]
-static OBJECT: Option<&[u8]> = Some({
-    /// ELF parsing reads words in place.
-    #[repr(C, align(16))]
-    struct Aligned<T: ?Sized>(T);
-    static ALIGNED: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/pending")));
-    &ALIGNED.0
-});
-#[cfg(not(ebpf_programs))]
-static OBJECT: Option<&[u8]> = None;
+/// The compiled programs.
+static OBJECT: Option<&[u8]> = compiled!("pending");
 
 const PROGRAM: &str = "pending";
 /// The one about handshakes that are not over.
 const REQUESTS: &str = "requests";
 /// The kernel functions that stand for the iterators, the one that brings clients back, without which it is of no use to look
 /// at them, and those that the programs call.
-const FUNCTIONS: [&str; 6] = ["bpf_iter_task_file", "bpf_iter_tcp", kfuncs::NAMES[3], LOOPS[0], LOOPS[1], LOOPS[2]];
+const FUNCTIONS: [&str; 6] =
+    ["bpf_iter_task_file", "bpf_iter_tcp", kfuncs::ASSIGN, kfuncs::LOOP[0], kfuncs::LOOP[1], kfuncs::LOOP[2]];
 
 /// A client that waits.
 #[derive(Clone, Debug, PartialEq, Eq)]

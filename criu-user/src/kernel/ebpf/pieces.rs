@@ -9,7 +9,6 @@ use std::hash::{BuildHasher, RandomState};
 use std::io::{PipeReader, PipeWriter, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use criu_common::kfuncs;
 use criu_common::offsets::Source;
 use criu_common::pieces::{DATA, PIECE, Piece, RECORD, Search, Told, UNREADABLE};
 
@@ -25,8 +24,6 @@ const MOST: u64 = 1 << 20;
 /// What the programs take for granted of a page and of the table of pages.
 const PAGE_STRUCT: u32 = 64;
 const TOLD: usize = size_of::<Told>();
-/// The kernel functions that loops of programs call.
-pub const LOOPS: [&str; 3] = [kfuncs::NAMES[0], kfuncs::NAMES[1], kfuncs::NAMES[2]];
 
 /// What a piece holds.
 #[derive(Debug, PartialEq, Eq)]
@@ -58,6 +55,7 @@ pub struct Pieces {
     name: &'static str,
     object: &'static [u8],
     layout: Layout,
+    functions: &'static [&'static str],
     room: u32,
     loading: Option<Loading>,
 }
@@ -83,12 +81,13 @@ fn failed(on: &'static str) -> impl FnOnce((&'static str, std::io::Error)) -> Eb
 }
 
 impl Pieces {
-    /// Programs of an object. Of `functions`, the last are [`LOOPS`], and those before stand for iterators.
+    /// Programs of an object, which need these fields and functions of the kernel's: those that stand for iterators, and
+    /// those that they call.
     pub fn new(
         name: &'static str,
         object: &'static [u8],
         sources: &[Source],
-        functions: &[&str],
+        functions: &'static [&'static str],
         expected: u32,
     ) -> EbpfResult<Self> {
         let layout = cache::layout(sources, functions)?;
@@ -97,7 +96,7 @@ impl Pieces {
             return Err(EbpfError::Missing { what: format!("`struct page` of {PAGE_STRUCT} bytes") });
         }
         let room = ROOM.saturating_add(expected).min(MOST as u32);
-        Ok(Self { name, object, layout, room, loading: None })
+        Ok(Self { name, object, layout, functions, room, loading: None })
     }
 
     /// What a run of the programs tells. `run` is told whether they have to be loaded anew, and may be asked more than once.
@@ -109,7 +108,7 @@ impl Pieces {
             let is_new = self.loading.is_none();
             let loading = match self.loading.take() {
                 Some(loading) => self.loading.insert(loading),
-                None => self.loading.insert(Loading::new(self.name, self.object, &self.layout, self.room)?),
+                None => self.loading.insert(self.load()?),
             };
             loading.forget()?;
             run(loading, is_new)?;
@@ -128,6 +127,10 @@ impl Pieces {
         Err(EbpfError::Read { program: self.name, pid: own_pid(), source })
     }
 
+    fn load(&self) -> EbpfResult<Loading> {
+        Loading::new(self.name, self.object, (self.functions, &self.layout), self.room)
+    }
+
     /// What was told makes no sense.
     pub fn broken(&self) -> EbpfError {
         EbpfError::BadRecord { program: self.name, pid: own_pid(), at: 0 }
@@ -135,7 +138,7 @@ impl Pieces {
 }
 
 impl Loading {
-    fn new(name: &'static str, object: &[u8], layout: &Layout, room: u32) -> EbpfResult<Self> {
+    fn new(name: &'static str, object: &[u8], (functions, layout): (&[&str], &Layout), room: u32) -> EbpfResult<Self> {
         let pipe = |source| EbpfError::Read { program: name, pid: own_pid(), source };
         let (reader, mut writer) = std::io::pipe().map_err(pipe)?;
         let random = RandomState::new();
@@ -146,10 +149,7 @@ impl Loading {
         let offsets = layout.bytes();
         let globals = HashMap::from([("OFFSETS", (offsets.as_slice(), true)), ("SEARCH", (search.as_slice(), true))]);
         let mut object = Loaded::with_sizes(name, object, globals, &[("PIECES", room)])?;
-        let numbers = [kfuncs::ITER_NUM_NEW, kfuncs::ITER_NUM_NEXT, kfuncs::ITER_NUM_DESTROY];
-        let loops = layout.functions.len().saturating_sub(LOOPS.len());
-        let ids: Vec<(u32, u32)> = numbers.into_iter().zip(layout.functions[loops..].iter().copied()).collect();
-        object.bind(&ids);
+        object.bind(functions, &layout.functions);
         let (told, pieces) = (object.take_map("TOLD")?, object.take_map("PIECES")?);
         Ok(Self { name, object, functions: layout.functions.clone(), told, pieces, _pipe: (reader, writer) })
     }

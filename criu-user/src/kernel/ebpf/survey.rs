@@ -17,20 +17,11 @@ use criu_common::offsets::{Offsets, SOURCES};
 use criu_common::survey as record;
 use nix::unistd::Pid;
 
-use super::object::Loaded;
+use super::object::{Loaded, compiled};
 use super::{EbpfError, EbpfResult, bpf, cache};
 
-/// The compiled programs; none where the toolchain was missing.
-#[cfg(ebpf_programs)]
-static OBJECT: Option<&[u8]> = Some({
-    /// ELF parsing reads words in place.
-    #[repr(C, align(16))]
-    struct Aligned<T: ?Sized>(T);
-    static ALIGNED: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/survey")));
-    &ALIGNED.0
-});
-#[cfg(not(ebpf_programs))]
-static OBJECT: Option<&[u8]> = None;
+/// The compiled programs.
+static OBJECT: Option<&[u8]> = compiled!("survey");
 
 /// Programs and the kernel functions that stand for their iterators.
 const VMAS: (usize, &str) = (0, "survey_vmas");

@@ -6,27 +6,20 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 
+use criu_common::kfuncs;
 use criu_common::pieces::Piece;
 use criu_common::waiting::{Packet, SOURCES};
 
-use super::pieces::{self, Item, LOOPS, Pieces};
+use super::object::compiled;
+use super::pieces::{self, Item, Pieces};
 use super::{EbpfError, EbpfResult, bpf};
 
-/// The compiled program; none where the toolchain was missing.
-#[cfg(ebpf_programs)]
-static OBJECT: Option<&[u8]> = Some({
-    /// ELF parsing reads words in place.
-    #[repr(C, align(16))]
-    struct Aligned<T: ?Sized>(T);
-    static ALIGNED: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/waiting")));
-    &ALIGNED.0
-});
-#[cfg(not(ebpf_programs))]
-static OBJECT: Option<&[u8]> = None;
+/// The compiled programs.
+static OBJECT: Option<&[u8]> = compiled!("waiting");
 
 const PROGRAM: &str = "waiting";
 /// The kernel function that stands for the iterator, and those that the program calls.
-const FUNCTIONS: [&str; 4] = ["bpf_iter_unix", LOOPS[0], LOOPS[1], LOOPS[2]];
+const FUNCTIONS: [&str; 4] = ["bpf_iter_unix", kfuncs::LOOP[0], kfuncs::LOOP[1], kfuncs::LOOP[2]];
 
 /// A packet that waits, as far as it could be read.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 
 use etherparse::checksum::Sum16BitWords;
-use etherparse::{IpHeaders, IpNumber, PacketBuilder, PacketBuilderStep, TcpOptionElement};
+use etherparse::{IpHeaders, IpNumber, PacketBuilder, PacketBuilderStep, TcpHeader, TcpOptionElement};
 
 use super::course::{Flag, Segment};
 use super::ends::Ends;
@@ -37,8 +37,12 @@ pub fn build_with(
         let words = [TcpOptionElement::Noop, TcpOptionElement::Noop, TcpOptionElement::Timestamp(own, echo)];
         tcp = tcp.options(&words).map_err(|e| failed(&ends, e.to_string()))?;
     }
+    written(&ends, tcp, data)
+}
+
+fn written(ends: &Ends, tcp: PacketBuilderStep<TcpHeader>, data: &[u8]) -> Result<Vec<u8>, TcpError> {
     let mut bytes = Vec::with_capacity(tcp.size(data.len()));
-    tcp.write(&mut bytes, data).map_err(|e| failed(&ends, e.to_string()))?;
+    tcp.write(&mut bytes, data).map_err(|e| failed(ends, e.to_string()))?;
     Ok(bytes)
 }
 
@@ -48,10 +52,7 @@ pub fn answer(ends: &Ends, segment: &Segment, options: &[TcpOptionElement]) -> R
     let ends = ends.on_the_wire();
     let first = segment.seq.wrapping_sub(1);
     let tcp = ip(&ends)?.tcp(ends.local.port(), ends.remote.port(), first, segment.window).syn().ack(segment.ack);
-    let tcp = tcp.options(options).map_err(|e| failed(&ends, e.to_string()))?;
-    let mut bytes = Vec::with_capacity(tcp.size(0));
-    tcp.write(&mut bytes, &[]).map_err(|e| failed(&ends, e.to_string()))?;
-    Ok(bytes)
+    written(&ends, tcp.options(options).map_err(|e| failed(&ends, e.to_string()))?, &[])
 }
 
 /// The bytes of a UDP datagram from `ends.local` to `ends.remote`.

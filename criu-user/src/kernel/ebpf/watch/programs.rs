@@ -9,19 +9,11 @@ use criu_common::watch::offsets::{Offsets, SOURCES};
 
 use super::calls;
 use super::plain::Plain;
+use crate::kernel::ebpf::object::compiled;
 use crate::kernel::ebpf::{EbpfError, EbpfResult, bpf, btf};
 
-/// The compiled programs; none where the toolchain was missing.
-#[cfg(ebpf_programs)]
-static OBJECT: Option<&[u8]> = Some({
-    /// ELF parsing reads words in place.
-    #[repr(C, align(16))]
-    struct Aligned<T: ?Sized>(T);
-    static ALIGNED: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/watch")));
-    &ALIGNED.0
-});
-#[cfg(not(ebpf_programs))]
-static OBJECT: Option<&[u8]> = None;
+/// The compiled programs.
+static OBJECT: Option<&[u8]> = compiled!("watch");
 
 bitflags::bitflags! {
     /// What is asked of the kernel about the tracked set. Each has programs of its own, which cost something (docs/tracking.md).
