@@ -68,6 +68,16 @@ impl Network {
         workload
     }
 
+    /// What runs a program with this network and our own of everything else.
+    pub fn entrance(&self) -> [String; 2] {
+        ["nsenter".into(), format!("--net=/run/netns/{}", self.name)]
+    }
+
+    /// Turns its own loopback interface on.
+    pub fn loopback(&self) {
+        ip(&format!("-n {} link set lo up", self.name));
+    }
+
     /// Sets something for all connections from there.
     pub fn set(&self, name: &str, value: &str) {
         ip(&format!("netns exec {} sysctl -q -w {name}={value}", self.name));

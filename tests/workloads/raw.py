@@ -1,4 +1,4 @@
-"""Raw sockets and packet sockets, as ping, routing daemons and sniffers have them. All on the loopback interface.
+"""Raw sockets, ping sockets and packet sockets, as ping, routing daemons and sniffers have them. All on the loopback interface.
 
 Others may use that interface at the same time: everything that is sent names this process.
 """
@@ -119,6 +119,34 @@ def raw6_ping():
     equal(sock.getsockopt(SOL_ICMPV6, ICMP_FILTER, 32), blocked, "the filter")
     sock.sendto(echo(128, 1), (V6, 0))
     equal(len(heard(sock, lambda data, _: data[0] == 129)), 1, "packets: the request is not wanted")
+
+
+@case
+def ping_sockets():
+    """Not bound, bound to an identifier, connected, of IPv6; nobody has to be root for them."""
+    ip, v6 = socket.IPPROTO_IP, socket.IPPROTO_IPV6
+    unbound, bound, connected = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_ICMP) for _ in range(3))
+    six = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM, socket.IPPROTO_ICMPV6)
+    bound.bind((V4, 4711))
+    connected.connect(("127.0.0.2", 0))
+    six.bind((V6, 4712))
+    connected.setsockopt(ip, socket.IP_TTL, 77)
+    connected.setsockopt(ip, 11, 1)  # IP_RECVERR
+    six.setsockopt(v6, socket.IPV6_UNICAST_HOPS, 78)
+    names = [sock.getsockname() for sock in (unbound, bound, connected, six)]
+    check(names[2][1] != 0, "connected without an identifier")
+    yield
+    equal([sock.getsockname() for sock in (unbound, bound, connected, six)], names, "addresses and identifiers")
+    equal(options(connected, ip, socket.IP_TTL, 11), [77, 1], "options")
+    equal(options(six, v6, socket.IPV6_UNICAST_HOPS), [78], "options of IPv6")
+    for sock, kind, to in ((unbound, 8, V4), (bound, 8, V4), (connected, 8, None), (six, 128, V6)):
+        request = echo(kind, 1)
+        sock.send(request) if to is None else sock.sendto(request, (to, 0))
+        data, sender = sock.recvfrom(3000)
+        equal(sender[0], to or "127.0.0.2", "who answers")
+        equal(data[0], 0 if kind == 8 else 129, "the kind of the answer")
+        equal(struct.unpack("!H", data[4:6])[0], sock.getsockname()[1], "its identifier")
+        equal(data[8:], request[8:], "its data")
 
 
 @case

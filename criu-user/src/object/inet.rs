@@ -1,10 +1,12 @@
-//! Internet sockets: TCP, UDP, and raw ones (see [`super::raw`]).
+//! Internet sockets: TCP, UDP, raw ones and those for pings (see [`super::raw`]).
 //!
 //! A TCP connection is kept (`--tcp-established`, see [`super::tcp`]), or given up (`--tcp-close`): then it comes back as a
 //! closed socket. What waits in a UDP socket is kept as well, see [`super::udp`].
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+
+use nix::errno::Errno;
 
 use super::ObjectError;
 use super::file::{Capture, FileKind, Planner, Seen};
@@ -25,6 +27,10 @@ pub struct Inet;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
+/// icmp(7).
+const NO_PINGS: &str = "nobody in group 0 may make sockets for pings here: set the sysctl net.ipv4.ping_group_range as it \
+                        was at the dump (\"0 2147483647\" allows all)";
+
 /// Of include/uapi/linux/in.h.
 pub(super) const IPPROTO_MPTCP: i32 = 262;
 
@@ -35,6 +41,12 @@ pub(super) fn is_tcp(entry: &InetSkEntry) -> bool {
 fn is_udp(entry: &InetSkEntry) -> bool {
     entry.r#type as i32 == libc::SOCK_DGRAM
         && [libc::IPPROTO_UDP, libc::IPPROTO_UDPLITE].contains(&(entry.proto as i32))
+}
+
+/// Sockets for pings: a datagram is a request or an answer of ICMP, and the port is its identifier.
+fn is_ping(entry: &InetSkEntry) -> bool {
+    entry.r#type as i32 == libc::SOCK_DGRAM
+        && [libc::IPPROTO_ICMP, libc::IPPROTO_ICMPV6].contains(&(entry.proto as i32))
 }
 
 fn is_raw(entry: &InetSkEntry) -> bool {
@@ -94,18 +106,17 @@ impl FileKind for Inet {
             libc::SOCK_DGRAM if is_udp(&entry) => {
                 udp::capture(seen, cx, &entry)?;
                 entry.udp_opts = Some(udp::options(&seen.file, entry.proto)?);
-                let v6 = seen.family() == Some(libc::AF_INET6);
-                entry.multicast = Some(multicast::capture(&seen.file, v6, cx.shelf.get::<Groups>())?);
             }
-            libc::SOCK_RAW => {
-                raw::capture(seen, cx, &mut entry)?;
-                let v6 = seen.family() == Some(libc::AF_INET6);
-                entry.multicast = Some(multicast::capture(&seen.file, v6, cx.shelf.get::<Groups>())?);
-            }
+            libc::SOCK_DGRAM if is_ping(&entry) => raw::peer(seen, cx, &mut entry)?,
+            libc::SOCK_RAW => raw::capture(seen, cx, &mut entry)?,
             other => cx.refuse(seen.refuse(
                 format!("internet socket of type {other} and protocol {}", entry.proto),
-                "close it before the dump: TCP, UDP and raw sockets can be dumped",
+                "close it before the dump: TCP, UDP, ping and raw sockets can be dumped",
             )),
+        }
+        if [libc::SOCK_DGRAM, libc::SOCK_RAW].contains(&(entry.r#type as i32)) {
+            let v6 = seen.family() == Some(libc::AF_INET6);
+            entry.multicast = Some(multicast::capture(&seen.file, v6, cx.shelf.get::<Groups>())?);
         }
         Ok(FileEntry {
             r#type: FdTypes::Inetsk as i32,
@@ -241,6 +252,9 @@ impl Opener for Make {
         if is_raw(entry) {
             return format!("a raw socket of protocol {}", entry.proto);
         }
+        if is_ping(entry) {
+            return format!("a ping socket with the identifier {}", entry.src_port);
+        }
         let kind = if is_tcp(entry) { "TCP" } else { "UDP" };
         format!("a {kind} socket {what} port {}", entry.src_port)
     }
@@ -258,7 +272,10 @@ impl Apart for Make {
     fn open(&self) -> Result<OwnedFd, Failure> {
         let entry = &self.entry;
         let kind = entry.r#type as i32 | (entry.flags as i32 & libc::O_NONBLOCK);
-        let made = socket::new(entry.family as i32, kind, entry.proto as i32)?;
+        let made = match socket::new(entry.family as i32, kind, entry.proto as i32) {
+            Err(e) if e.errno == Errno::EACCES && is_ping(entry) => return Err(NO_PINGS.into()),
+            made => made?,
+        };
         self.options(&made)?;
         if let Some(revival) = &self.revival {
             revival.make(&made)?;
@@ -269,9 +286,10 @@ impl Apart for Make {
         }
         let scope = scope(entry);
         // Raw sockets tell their protocol for a port.
-        let [bound, connected] = match is_raw(entry) {
-            true => [entry.src_addr.iter().any(|&word| word != 0), entry.state == state::ESTABLISHED],
-            false => [entry.src_port != 0, entry.dst_port != 0 && !is_tcp(entry)],
+        let bound = if is_raw(entry) { entry.src_addr.iter().any(|&word| word != 0) } else { entry.src_port != 0 };
+        let connected = match is_raw(entry) || is_ping(entry) {
+            true => entry.state == state::ESTABLISHED,
+            false => entry.dst_port != 0 && !is_tcp(entry),
         };
         if bound {
             socket::bind(&made, &address(entry.family, &entry.src_addr, entry.src_port, scope))?;

@@ -1,15 +1,19 @@
-//! Raw sockets: packets of one protocol of IP, as ping(8) and routing daemons use them (raw(7)).
+//! Raw sockets: packets of one protocol of IP, as routing daemons use them (raw(7)); and sockets for pings, which are told
+//! apart by the number in their requests (icmp(7)).
 //!
 //! What waits in them is dropped, as a network might: the kernel shows the first packet only.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 
+use nix::poll::PollFlags;
+
 use super::ObjectError;
 use super::file::{Capture, Seen};
 use super::inet::ensure;
 use super::sockopt::{state, where_there};
 use crate::image::proto::{InetSkEntry, IpOptsRawEntry};
+use crate::kernel::fd::poll_now;
 use crate::kernel::{SysError, SysResult, proc, socket};
 
 /// Level and name of ICMP_FILTER (raw(7)) and ICMP6_FILTER (RFC 3542).
@@ -22,7 +26,7 @@ const IP_NODEFRAG: i32 = 22;
 const IPV6_CHECKSUM: i32 = 7;
 const IPV6_HDRINCL: i32 = 36;
 
-/// Where a raw socket stands in /proc/net/raw, raw6.
+/// Where a socket stands in /proc/net/raw, raw6, icmp, icmp6.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Line {
     state: u32,
@@ -30,12 +34,18 @@ struct Line {
     remote_port: u32,
 }
 
-/// Raw sockets by inode.
+/// These sockets by inode.
 #[derive(Debug, Default)]
 struct Lines(Option<HashMap<u32, Line>>);
 
-/// Reads what a raw socket has that others do not. getpeername(2) knows no peer without a port.
+/// Reads what a raw socket has that others do not.
 pub fn capture(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry) -> Result<(), ObjectError> {
+    entry.ip_opts.get_or_insert_default().raw = Some(options(&seen.file, entry)?);
+    peer(seen, cx, entry)
+}
+
+/// Reads where a socket without ports is connected to, which getpeername(2) does not know.
+pub fn peer(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry) -> Result<(), ObjectError> {
     let lines = match &mut cx.shelf.get::<Lines>().0 {
         Some(lines) => lines,
         empty => empty.insert(lines()?),
@@ -44,9 +54,8 @@ pub fn capture(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry) -> Re
         entry.state = state::ESTABLISHED;
         (entry.dst_addr, entry.dst_port) = (line.remote.clone(), line.remote_port);
     }
-    entry.ip_opts.get_or_insert_default().raw = Some(options(&seen.file, entry)?);
-    if crate::kernel::sys::readable_bytes(std::os::fd::AsFd::as_fd(&seen.file))? > 0 {
-        tracing::warn!(pid = seen.pid.as_raw(), fd = seen.fd, "what waits in a raw socket is dropped");
+    if poll_now(&seen.file, PollFlags::POLLIN)?.contains(PollFlags::POLLIN) {
+        tracing::warn!(pid = seen.pid.as_raw(), fd = seen.fd, "what waits in a raw or ping socket is dropped");
     }
     Ok(())
 }
@@ -105,10 +114,10 @@ pub fn restore(made: &OwnedFd, entry: &InetSkEntry) -> SysResult<()> {
     Ok(())
 }
 
-/// All raw sockets of this network namespace.
+/// All such sockets of this network namespace.
 fn lines() -> Result<HashMap<u32, Line>, SysError> {
     let mut found = HashMap::new();
-    for path in ["/proc/net/raw", "/proc/net/raw6"] {
+    for path in ["/proc/net/raw", "/proc/net/raw6", "/proc/net/icmp", "/proc/net/icmp6"] {
         match proc::read_text(path) {
             Ok(text) => found.extend(text.lines().filter_map(line)),
             // A kernel without IPv6.
