@@ -7,5 +7,6 @@ pub mod offsets;
 pub mod pending;
 pub mod pieces;
 pub mod survey;
+pub mod touched;
 pub mod waiting;
 pub mod watch;

@@ -24,6 +24,7 @@ use crate::live::{self, Live};
 use crate::object::cgroup::Manage;
 use crate::object::file::Capture;
 use crate::object::ghost::{self, Links};
+use crate::object::inet_ahead::Ahead;
 use crate::object::memory::{Crowded, Pages, Past, Prepared};
 use crate::object::outside::{External, Inherit};
 use crate::object::tcp::{Hold, NetworkLock};
@@ -154,6 +155,8 @@ pub struct Summary {
     pub pages_ahead: u64,
     /// Memory maps that were read before the freeze: still right in it, or not.
     pub maps_read_ahead: CacheUse,
+    /// TCP connections that were asked before the freeze: still as they had told in it, or not.
+    pub connections_asked_ahead: CacheUse,
     /// The pages written in bytes.
     pub bytes_written: u64,
     /// Bytes written in a second of writing.
@@ -205,6 +208,10 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
         Prepared::make(&dir, &tree, &history, |pid| head_start.expected(pid))
     };
     seen::make_room(&tree);
+    let ahead = match options.survey {
+        Source::Proc => Ahead::default(),
+        _ => Ahead::ask(&tree, options.caching),
+    };
     surveyor.read_ahead(options.pid);
     prepared.give_back();
     let frozen = freeze::freeze(options.pid, options.timeout, options.freeze_cgroup.as_deref())?;
@@ -212,8 +219,8 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
     info!(processes, threads, took = ?frozen.took, "the tree stands still");
     let writing = Instant::now();
     let past = Past { prepared, crowded, ..lineage.confirm(history, options.release) };
-    let Written { mut pages, links, hold, mut live } =
-        write_images(options, observer, &dir, &frozen, &mut surveyor, hold, (past, live))?;
+    let Written { mut pages, links, hold, mut live, ahead } =
+        write_images(options, observer, &dir, &frozen, &mut surveyor, (hold, ahead), (past, live))?;
     let mut writing = writing.elapsed();
     info!(pages = pages.written, took = ?writing, "images are written");
     let freezing = frozen.took;
@@ -242,6 +249,7 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
         pages_in_parent: pages.in_parent,
         pages_ahead: head_start.pages(),
         maps_read_ahead: surveyor.cache_use(),
+        connections_asked_ahead: ahead.used(),
         bytes_written,
         bytes_per_second: rate(bytes_written, writing),
         copied: live.copied,
@@ -341,6 +349,7 @@ struct Written {
     links: Links,
     hold: Hold,
     live: Live,
+    ahead: Ahead,
 }
 
 fn write_images(
@@ -349,18 +358,22 @@ fn write_images(
     dir: &ImageDir,
     frozen: &Frozen,
     surveyor: &mut Surveyor,
-    hold: Hold,
+    (hold, ahead): (Hold, Ahead),
     (past, live): (Past, Live),
 ) -> Result<Written, DumpError> {
     let pids: Vec<Pid> = frozen.processes.iter().map(|p| p.pid).collect();
     let mut cx = Capture::new(dir, options, observer, pids);
     *cx.shelf.get() = hold;
     *cx.shelf.get() = live;
+    *cx.shelf.get() = ahead;
     cx.past = past;
     match write_all(options, dir, frozen, surveyor, &mut cx) {
         // What cannot be dumped may have been in the way of reading something else.
         Err(_) if !cx.refusals.is_empty() => Err(DumpError::Refused(cx.refusals)),
-        outcome => outcome.map(|(pages, links)| Written { pages, links, hold: cx.shelf.take(), live: cx.shelf.take() }),
+        outcome => outcome.map(|(pages, links)| {
+            let (hold, live, ahead) = (cx.shelf.take(), cx.shelf.take(), cx.shelf.take());
+            Written { pages, links, hold, live, ahead }
+        }),
     }
 }
 
@@ -394,6 +407,8 @@ fn write_all(
     let mapped: usize = areas.values().map(|(vmas, _)| vmas.len()).sum();
     let CacheUse { hits, misses } = surveyor.cache_use();
     info!(by = surveyor.name(), descriptors = described, areas = mapped, hits, misses, "the tree is surveyed");
+    let CacheUse { hits, misses } = cx.shelf.get::<Ahead>().used();
+    info!(hits, misses, "connections were asked before the freeze");
     if observer.counts_memory() {
         observer.expects(alive.iter().map(|process| memory::estimate(process.by)).sum());
     }

@@ -33,6 +33,7 @@ pub fn of_dump(result: &Result<dump::Summary, DumpError>) -> Run {
                 skipped: 0,
             },
             maps: summary.maps_read_ahead,
+            connections: summary.connections_asked_ahead,
             bytes: summary.bytes_written + summary.pages_ahead * PAGE,
         },
         Err(err) => Run::failed(operation, dump_reason(err)),
@@ -53,6 +54,7 @@ pub fn of_pre_dump(result: &Result<PreDumpSummary, PreDumpError>) -> Run {
                 skipped: summary.pages_skipped,
             },
             maps: CacheUse::default(),
+            connections: CacheUse::default(),
             bytes: summary.bytes_written,
         },
         Err(err) => Run::failed(operation, pre_dump_reason(err)),
@@ -73,6 +75,7 @@ pub fn of_restore(result: &Result<restore::Summary, RestoreError>) -> Run {
             ],
             pages: Pages::default(),
             maps: CacheUse::default(),
+            connections: CacheUse::default(),
             bytes: summary.bytes_filled,
         },
         Err(err) => Run::failed(operation, restore_reason(err)),
@@ -153,6 +156,7 @@ fn object_reason(err: &ObjectError) -> Reason {
         ObjectError::Image(err) => image_reason(err),
         ObjectError::Contradiction { .. } => Reason::Image,
         ObjectError::Unsupported { .. } => Reason::Refused,
+        ObjectError::Stale { .. } => Reason::Survey,
         ObjectError::Sys(err) => sys_reason(err, Reason::Other),
         ObjectError::Lock(_)
         | ObjectError::Connection { .. }

@@ -1,11 +1,21 @@
 //! What is read before the freeze and believed in it: nothing that is not so any more.
 
-use e2e::{Engine, Look, Options, Row, Survey, Workload, reaper, rows};
+use e2e::{Claim, Engine, Look, Options, Program, Row, Survey, Workload, reaper, rows};
 
 /// A number from the line of a dump's log that tells of the survey.
 fn told(images: &std::path::Path, name: &str) -> u64 {
+    number(images, "the tree is surveyed", name)
+}
+
+/// How many connections were as they had told before the freeze, and how many were asked again.
+fn connections(images: &std::path::Path) -> [u64; 2] {
+    ["hits", "misses"].map(|name| number(images, "connections were asked before the freeze", name))
+}
+
+/// A number from a line of a dump's log.
+fn number(images: &std::path::Path, line: &str, name: &str) -> u64 {
     let log = std::fs::read_to_string(images.join("dump.log")).expect("a log");
-    let line = log.lines().find(|line| line.contains("the tree is surveyed")).expect("a survey");
+    let line = log.lines().find(|known| known.contains(line)).expect("such a line");
     let number = line.split(&format!("{name}=")).nth(1).and_then(|rest| rest.split_whitespace().next());
     number.and_then(|number| number.parse().ok()).expect("a number")
 }
@@ -14,7 +24,47 @@ fn by_ebpf(row: &Row) -> bool {
     row.dumper == Engine::Ours(Survey::Ebpf) && !row.dumper.is_peer()
 }
 
+/// Dumps of a program that runs on, each with what was believed compared with the truth, until some connections were as they
+/// had been and some were not.
+fn dumps_that_notice(row: &Row, program: &Program) {
+    let row = row.with(Options::dump(&["-R", "--verify-cache", "--tcp-established"]));
+    let (mut dumps, mut found) = (0, [0, 0]);
+    while dumps < 5 || by_ebpf(&row) && dumps < 100 && found.contains(&0) {
+        dumps += 1;
+        let images = row.next_images(program);
+        row.dumper.dump(program, &images, &row.options).expect_success();
+        let [hits, misses] = connections(&images);
+        found = [found[0] + hits, found[1] + misses];
+    }
+    assert_eq!(found.contains(&0), !by_ebpf(&row), "hits and misses: {found:?}");
+}
+
 rows! {
+    /// Many connections are not asked for their options in the freeze if nobody touches them.
+    connections_that_stay => |row| {
+        let row = row.with(Options::both(&["--tcp-established"]));
+        let mut program = Workload::new("inet.py", "options_that_stay").with(Claim::Ports).start();
+        let images = row.dump(&program);
+        assert_eq!(connections(&images), if by_ebpf(&row) { [80, 0] } else { [0, 0] });
+        row.restore(&program, &images);
+        program.finish();
+    };
+
+    connections_that_change => |row| {
+        let mut program = Workload::new("inet.py", "options_that_change").with(Claim::Ports).start();
+        dumps_that_notice(row, &program);
+        let row = row.with(Options::both(&["--tcp-established"]));
+        let images = row.dump(&program);
+        row.restore(&program, &images);
+        program.finish();
+    };
+
+    connections_that_others_change => |row| {
+        let mut program = Workload::new("inet.py", "options_changed_by_others").with(Claim::Ports).start();
+        dumps_that_notice(row, &program);
+        program.finish();
+    };
+
     /// A large map that stays as it is is not read again.
     that_stays => |row| {
         let mut program = Workload::new("bench.c", "areas").arg("2000").start();

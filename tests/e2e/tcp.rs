@@ -106,7 +106,10 @@ pub(crate) fn number(program: &Program, name: &str) -> u64 {
 }
 
 pub(crate) fn kept(row: &Row) -> Row {
-    also(row, &["--tcp-established"], &["--tcp-established"])
+    // CRIU reads nothing before the freeze.
+    let dump: &[&str] =
+        if row.dumper.is_peer() { &["--tcp-established"] } else { &["--tcp-established", "--verify-cache"] };
+    also(row, dump, &["--tcp-established"])
 }
 
 /// The same with further words for the dump and for the restore.

@@ -20,6 +20,8 @@ use std::{
 
 use e2e::{Claim, Options, Program, Row, Workload, rows};
 
+use crate::tcp::kept;
+
 fn cycles() -> u32 {
     env::var("E2E_CYCLES").map_or(3, |text| text.parse().expect("E2E_CYCLES is a number"))
 }
@@ -71,10 +73,6 @@ impl Drop for Client {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
-}
-
-fn kept(row: &Row) -> Row {
-    row.with(Options::both(&["--tcp-established"]))
 }
 
 fn move_once(row: &Row, program: &Program) {

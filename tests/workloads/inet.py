@@ -1,9 +1,13 @@
-"""Internet sockets that are not connected to anybody: listening TCP, and UDP. All on the loopback interface."""
+"""Internet sockets that are not connected to anybody outside: listening TCP, and UDP. All on the loopback interface."""
 
+import os
+import random
 import socket
 import struct
+import threading
+import time
 
-from lib import Child, case, check, equal, main
+from lib import Child, case, check, equal, main, path, touch, wait_for
 
 V4, V6 = "127.0.0.1", "::1"
 
@@ -419,6 +423,94 @@ def udp_corked():
     client.send(b"two")
     client.setsockopt(17, 1, 0)
     equal(server.recv(100), b"one two", "the datagram")
+
+
+def connections(count):
+    """As many connections with ourselves, both ends of each."""
+    server = listening()
+    ends = []
+    for _ in range(count):
+        client = socket.create_connection(server.getsockname())
+        ends += [client, server.accept()[0]]
+    return server, ends
+
+
+@case
+def options_that_stay():
+    """Many connections, each with other options."""
+    server, ends = connections(40)
+    for n, end in enumerate(ends):
+        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 100 + n)
+        end.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 1 + n)
+    yield
+    for n, end in enumerate(ends):
+        equal(end.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), 100 + n, "TCP_KEEPIDLE")
+        equal(end.getsockopt(socket.IPPROTO_IP, socket.IP_TTL), 1 + n, "IP_TTL")
+    for n in range(0, len(ends), 2):
+        ends[n].send(b"hello")
+        equal(ends[n + 1].recv(8), b"hello", "what was sent")
+
+
+def set_at_random(sockets, stop, pause):
+    """Sets options all the time, and looks each time whether they are what they were set to."""
+    options = [
+        (socket.SOL_SOCKET, socket.SO_PRIORITY, range(7)),
+        (socket.SOL_SOCKET, socket.SO_MARK, range(100)),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, range(2)),
+        (socket.IPPROTO_IP, socket.IP_TTL, range(1, 200)),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, range(1, 1000)),
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, range(2)),
+        (socket.IPPROTO_TCP, 18, range(10000)),  # TCP_USER_TIMEOUT
+    ]
+    known, changes = {}, 0
+    while not stop():
+        sock = random.choice(sockets)
+        level, name, values = random.choice(options)
+        if (sock, level, name) in known:
+            equal(sock.getsockopt(level, name), known[sock, level, name], f"option {level} {name}")
+        value = random.choice(values)
+        sock.setsockopt(level, name, value)
+        known[sock, level, name] = value
+        changes += 1
+        time.sleep(pause)
+    for (sock, level, name), value in known.items():
+        equal(sock.getsockopt(level, name), value, f"option {level} {name} in the end")
+    return changes
+
+
+@case
+def options_that_change():
+    """Connections whose options two threads change all the time."""
+    server, ends = connections(40)
+    stop, changes = threading.Event(), []
+    work = lambda part: changes.append(set_at_random(part, stop.is_set, 0.002))
+    threads = [threading.Thread(target=work, args=(ends[n::2],), daemon=True) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    yield
+    time.sleep(0.05)
+    check(all(thread.is_alive() for thread in threads), "a thread has found another value than it had set")
+    stop.set()
+    for thread in threads:
+        thread.join()
+    equal(len(changes), 2, "threads that found all as they had left it")
+
+
+@case
+def options_changed_by_others():
+    """Connections whose options somebody changes who has them as well, and is none of ours."""
+    server, ends = connections(40)
+    child = os.fork()
+    if child == 0:
+        if os.fork() == 0:
+            set_at_random(ends, lambda: os.path.exists(path("enough")), 0.002)
+            touch("in order")
+        os._exit(0)
+    os.waitpid(child, 0)
+    time.sleep(0.1)
+    yield
+    touch("enough")
+    wait_for(lambda: os.path.exists(path("in order")), "the other to find all as it had left it")
 
 
 @case

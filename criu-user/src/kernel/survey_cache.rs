@@ -68,13 +68,21 @@ struct Kept {
     areas: Vec<Vma>,
 }
 
-/// How often the cache was of use.
+/// How often a cache was of use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct CacheUse {
-    /// Maps that were as they had been read.
+    /// What was as it had been read.
     pub hits: u64,
-    /// Maps that had been changed since.
+    /// What had been changed since.
     pub misses: u64,
+}
+
+impl CacheUse {
+    /// Adds another's.
+    pub fn add(&mut self, other: Self) {
+        self.hits += other.hits;
+        self.misses += other.misses;
+    }
 }
 
 /// A survey with its cache.

@@ -127,6 +127,8 @@ pub struct Run {
     pub pages: Pages,
     /// Memory maps that a dump had read before the freeze.
     pub maps: CacheUse,
+    /// TCP connections that a dump had asked before the freeze.
+    pub connections: CacheUse,
     /// Bytes of memory written to images or filled from them.
     pub bytes: u64,
 }
@@ -134,8 +136,8 @@ pub struct Run {
 impl Run {
     /// One that has come to nothing yet.
     fn of(operation: Operation) -> Self {
-        let (pages, maps) = (Pages::default(), CacheUse::default());
-        Self { operation, failure: None, phases: Vec::new(), pages, maps, bytes: 0 }
+        let (pages, maps, connections) = Default::default();
+        Self { operation, failure: None, phases: Vec::new(), pages, maps, connections, bytes: 0 }
     }
 
     /// One that failed.
@@ -153,6 +155,8 @@ struct Sums {
     pages: Pages,
     #[serde(default)]
     maps: CacheUse,
+    #[serde(default)]
+    connections: CacheUse,
     bytes: u64,
     /// When the last one succeeded, since 1970.
     last_success: Option<Duration>,
@@ -183,8 +187,8 @@ impl Runs {
         sums.pages.written += run.pages.written;
         sums.pages.in_parent += run.pages.in_parent;
         sums.pages.skipped += run.pages.skipped;
-        sums.maps.hits += run.maps.hits;
-        sums.maps.misses += run.maps.misses;
+        sums.maps.add(run.maps);
+        sums.connections.add(run.connections);
         sums.bytes += run.bytes;
     }
 
@@ -219,8 +223,10 @@ impl Runs {
             }
         }
         for &(operation, sums) in all.iter().filter(|(operation, _)| *operation == Operation::Dump) {
-            for (result, maps) in [("hit", sums.maps.hits), ("miss", sums.maps.misses)] {
-                to.counter(&table::CACHED_MAPS, &[("operation", operation.name()), ("result", result)], maps);
+            for (metric, of) in [(&table::CACHED_MAPS, sums.maps), (&table::CACHED_CONNECTIONS, sums.connections)] {
+                for (result, count) in [("hit", of.hits), ("miss", of.misses)] {
+                    to.counter(metric, &[("operation", operation.name()), ("result", result)], count);
+                }
             }
         }
         for &(operation, sums) in &all {
@@ -250,6 +256,7 @@ mod tests {
             phases: vec![(Phase::Frozen, Duration::from_millis(20)), (Phase::Total, Duration::from_millis(40))],
             pages: Pages { written: 7, in_parent: 2, skipped: 0 },
             maps: CacheUse { hits: 2, misses: 1 },
+            connections: CacheUse { hits: 3, misses: 0 },
             bytes: 7 * 4096,
         }
     }
@@ -289,6 +296,7 @@ mod tests {
             "criu_ebpf_pages_total{operation=\"dump\",kind=\"written\"} 14",
             "criu_ebpf_cached_maps_total{operation=\"dump\",result=\"hit\"} 4",
             "criu_ebpf_cached_maps_total{operation=\"dump\",result=\"miss\"} 2",
+            "criu_ebpf_cached_connections_total{operation=\"dump\",result=\"hit\"} 6",
             "criu_ebpf_operation_duration_seconds_bucket{le=\"0.03\",operation=\"dump\",phase=\"frozen\"} 2",
             "criu_ebpf_last_freeze_seconds{operation=\"dump\"} 0.02",
         ] {

@@ -117,6 +117,8 @@ metrics! {
         "Pages by what became of them: written, left to the parent images, skipped for the next image.";
     CACHED_MAPS = Counter "criu_ebpf_cached_maps" Things,
         "Memory maps that were read before the freeze: still right in it (hit), or read anew (miss).";
+    CACHED_CONNECTIONS = Counter "criu_ebpf_cached_connections" Things,
+        "TCP connections that were asked before the freeze: still as they had told in it (hit), or asked anew (miss).";
     MOVED = Counter "criu_ebpf_image" Bytes, "Memory that was written to images or filled from them.";
     LAST_SUCCESS = Gauge "criu_ebpf_last_success_timestamp" Seconds, "When the last one succeeded, since 1970.";
     LAST_FREEZE = Gauge "criu_ebpf_last_freeze" Seconds,

@@ -13,6 +13,7 @@ use std::rc::Rc;
 use nix::unistd::Pid;
 use tracing::debug;
 
+use super::inet_ahead::Ahead;
 use super::memory::Past;
 pub use super::seen::Seen;
 use super::seen::{AT_ONCE, Glance, Looked};
@@ -175,10 +176,12 @@ impl<'a> Capture<'a> {
             }
         }
         let mut known = HashSet::new();
+        let ahead: Ahead = self.shelf.take();
         let mut all = Vec::new();
         for (&pid, table) in tables {
             let pidfd = *pidfds.get(&pid).ok_or_else(|| ObjectError::contradiction(format!("pid {pid} unheld")))?;
-            all.extend(table.iter().map(|d| Glance { pid, pidfd, d, is_first: known.insert(d.description) }));
+            let glance = |d| Glance { pid, pidfd, d, ahead: &ahead, is_first: known.insert(d.description) };
+            all.extend(table.iter().map(glance));
         }
         let mut types: HashMap<u32, FdTypes> = HashMap::new();
         let mut out: BTreeMap<Pid, Vec<FdinfoEntry>> = tables.keys().map(|&pid| (pid, Vec::new())).collect();
@@ -189,6 +192,7 @@ impl<'a> Capture<'a> {
                 out.entry(pid).or_default().push(entry);
             }
         }
+        *self.shelf.get() = ahead;
         for kind in KINDS {
             kind.finish(self)?;
         }

@@ -54,6 +54,23 @@ pub fn ip_options(file: &OwnedFd, v6: bool) -> Result<IpOptsEntry, ObjectError> 
     Ok(opts)
 }
 
+/// Asks again for what the kernel changes by itself: a connection that knows of congestion on its way (ECN) marks some
+/// packets and others not, and these marks are bits of IP_TOS (`INET_ECN_xmit` of include/net/inet_ecn.h).
+pub fn ask_again(file: &OwnedFd, opts: &mut IpOptsEntry) -> SysResult<()> {
+    if opts.tos.is_some() {
+        opts.tos = Some(socket::number(file, libc::SOL_IP, libc::IP_TOS)? as u32);
+    }
+    if opts.traffic_class.is_some() {
+        opts.traffic_class = Some(socket::number(file, libc::SOL_IPV6, libc::IPV6_TCLASS)? as u32);
+    }
+    Ok(())
+}
+
+/// Takes what [`ask_again`] asks for from other options.
+pub fn take_over(from: &IpOptsEntry, to: &mut IpOptsEntry) {
+    (to.tos, to.traffic_class) = (from.tos, from.traffic_class);
+}
+
 /// All options of a socket.
 #[derive(Debug, Default)]
 pub struct Options {

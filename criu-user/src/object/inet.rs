@@ -58,34 +58,74 @@ pub(super) fn is_connection(entry: &InetSkEntry) -> bool {
 }
 
 /// What an internet socket itself tells: that takes some fifty calls, and nothing else need be known for it.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Facts {
     entry: InetSkEntry,
     /// Of TCP.
     tcp: capture::Facts,
 }
 
+/// Whether sockets of a family are internet sockets.
+pub(super) fn is_family(family: i32) -> bool {
+    [libc::AF_INET, libc::AF_INET6].contains(&family)
+}
+
 impl Facts {
     /// Asks it.
-    pub(super) fn read(seen: &Seen) -> Result<Self, ObjectError> {
-        let number = |name| socket::number(&seen.file, libc::SOL_SOCKET, name);
-        let family = seen.family();
+    pub(super) fn read(file: &OwnedFd, inode: u64) -> Result<Self, ObjectError> {
+        let number = |name| socket::number(file, libc::SOL_SOCKET, name);
+        let family = number(libc::SO_DOMAIN)?;
         let mut entry = InetSkEntry {
-            id: seen.id,
-            ino: seen.stat.st_ino as u32,
-            family: family.unwrap_or(libc::AF_UNSPEC) as u32,
+            ino: inode as u32,
+            family: family as u32,
             r#type: number(libc::SO_TYPE)? as u32,
             proto: number(libc::SO_PROTOCOL)? as u32,
             state: state::CLOSE,
-            flags: seen.flags,
-            fown: seen.fown()?,
-            opts: sockopt::capture_of(&seen.file, family)?,
-            ip_opts: Some(fresh::ip_options(&seen.file, family == Some(libc::AF_INET6))?),
+            opts: sockopt::capture_of(file, Some(family))?,
+            ip_opts: Some(fresh::ip_options(file, family == libc::AF_INET6)?),
             ..InetSkEntry::default()
         };
-        addresses(&seen.file, &mut entry)?;
-        let tcp = if is_tcp(&entry) { capture::Facts::read(&seen.file, &entry)? } else { capture::Facts::default() };
+        addresses(file, &mut entry)?;
+        let tcp = if is_tcp(&entry) { capture::Facts::read(file, &entry)? } else { capture::Facts::default() };
         Ok(Self { entry, tcp })
+    }
+
+    /// Whether it is a connection.
+    pub(super) fn is_connection(&self) -> bool {
+        is_tcp(&self.entry) && self.tcp.is_connected()
+    }
+
+    /// What a connection tells now, if nobody has touched it since: what the kernel changes by itself is asked again. `None`
+    /// where that may be anything.
+    pub(super) fn as_of_now(&self, file: &OwnedFd) -> Result<Option<Self>, ObjectError> {
+        let mut now = self.clone();
+        let entry = &mut now.entry;
+        // A connection that ends changes more than its state.
+        match self.tcp.as_of_now(file)? {
+            Some(tcp) => now.tcp = tcp,
+            None => return Ok(None),
+        }
+        sockopt::ask_again(file, &mut entry.opts)?;
+        if let Some(opts) = &mut entry.ip_opts {
+            fresh::ask_again(file, opts)?;
+        }
+        Ok(Some(now))
+    }
+
+    /// What of this is not so in what is told now, both as a reader can tell them apart. What was asked again may have
+    /// changed since, and the state with it: packets are not held yet.
+    pub(super) fn difference(&self, read: &Self) -> Option<(String, String)> {
+        let mut kept = self.clone();
+        sockopt::take_over(&read.entry.opts, &mut kept.entry.opts);
+        if let (Some(now), Some(opts)) = (&read.entry.ip_opts, &mut kept.entry.ip_opts) {
+            fresh::take_over(now, opts);
+        }
+        if !kept.tcp.take_over(&read.tcp) || kept == *read {
+            return None;
+        }
+        let [kept, read] = [&kept, read].map(|facts| format!("{facts:#?}"));
+        let differs = kept.lines().zip(read.lines()).find(|(kept, read)| kept != read);
+        Some(differs.map_or((kept.clone(), read.clone()), |(kept, read)| (kept.trim().into(), read.trim().into())))
     }
 }
 
@@ -95,12 +135,12 @@ impl FileKind for Inet {
     }
 
     fn is(&self, seen: &Seen) -> bool {
-        seen.family().is_some_and(|f| [libc::AF_INET, libc::AF_INET6].contains(&f))
+        seen.family().is_some_and(is_family)
     }
 
     fn capture(&self, seen: &Seen, cx: &mut Capture<'_>) -> Result<FileEntry, ObjectError> {
         let Facts { entry, tcp } = seen.inet()?;
-        let mut entry = entry.clone();
+        let mut entry = InetSkEntry { id: seen.id, flags: seen.flags, fown: seen.fown()?, ..entry.clone() };
         match entry.r#type as i32 {
             libc::SOCK_STREAM if is_tcp(&entry) => capture::capture(seen, cx, &mut entry, tcp)?,
             libc::SOCK_DGRAM if is_udp(&entry) => {

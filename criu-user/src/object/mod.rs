@@ -17,6 +17,7 @@ pub mod fs;
 pub mod ghost;
 pub mod hugetlb;
 pub mod inet;
+pub mod inet_ahead;
 pub mod inotify;
 pub mod locks;
 pub mod memfd;
@@ -142,6 +143,21 @@ pub enum ObjectError {
         fd: i32,
         /// Why.
         why: String,
+    },
+    /// What was asked before the freeze is otherwise in it.
+    #[error(
+        "pid {pid}, fd {fd}: what the socket told before the freeze is wrong: it told {kept}, and tells {read}; \
+         this is an error of criu-ebpf, please report it; --survey proc asks in the freeze only"
+    )]
+    Stale {
+        /// The process.
+        pid: i32,
+        /// Its descriptor.
+        fd: i32,
+        /// What was told.
+        kept: String,
+        /// What is told in the freeze.
+        read: String,
     },
     /// The gate could not be made permanent.
     #[error("the tree runs on, because its connections cannot be held behind it: {why}")]

@@ -10,6 +10,7 @@ use nix::unistd::Pid;
 
 use super::file::FileKind;
 use super::inet::{self, Inet};
+use super::inet_ahead::Ahead;
 use super::{ObjectError, Refusal};
 use crate::image::proto::FownEntry;
 use crate::kernel::proc::KeyValues;
@@ -112,7 +113,7 @@ impl Seen {
         match self.inet.get() {
             Some(known) => Ok(known),
             None => {
-                let facts = inet::Facts::read(self)?;
+                let facts = inet::Facts::read(&self.file, self.stat.st_ino)?;
                 Ok(self.inet.get_or_init(|| facts))
             }
         }
@@ -184,6 +185,8 @@ pub(super) struct Glance<'g> {
     pub pid: Pid,
     pub pidfd: &'g PidFd,
     pub d: &'g Descriptor,
+    /// What was asked before the freeze.
+    pub ahead: &'g Ahead,
     /// Whether nobody has looked at its description yet.
     pub is_first: bool,
 }
@@ -199,13 +202,14 @@ pub(super) enum Looked {
 impl Glance<'_> {
     /// Reads all that the dump need not be known for: several threads do so at once.
     pub fn look(&self) -> Result<Looked, ObjectError> {
-        let &Self { pid, pidfd, d, is_first } = self;
+        let &Self { pid, pidfd, d, ahead, is_first } = self;
         if !is_first {
             return self.look_again();
         }
         let seen = Seen::look(pid, d, pidfd.get(d.fd)?)?;
         if Inet.is(&seen) {
-            seen.inet()?;
+            let facts = ahead.facts(&seen)?;
+            seen.inet.get_or_init(|| facts);
         }
         Ok(Looked::Anew(Box::new(seen)))
     }

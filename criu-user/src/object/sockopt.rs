@@ -89,6 +89,23 @@ pub fn capture_of(fd: impl AsFd, family: Option<i32>) -> Result<SkOptsEntry, Obj
     Ok(opts)
 }
 
+/// Asks again for what changes without anybody's setting it: the kernel adapts buffers, and whoever peeks or reads moves the
+/// place that is peeked at.
+pub fn ask_again(fd: impl AsFd, opts: &mut SkOptsEntry) -> SysResult<()> {
+    let fd = fd.as_fd();
+    (opts.so_sndbuf, opts.so_rcvbuf) =
+        (number(fd, SOL, libc::SO_SNDBUF)? as u32, number(fd, SOL, libc::SO_RCVBUF)? as u32);
+    if opts.so_peek_off.is_some() {
+        opts.so_peek_off = u32::try_from(number(fd, SOL, libc::SO_PEEK_OFF)?).ok();
+    }
+    Ok(())
+}
+
+/// Takes what [`ask_again`] asks for from other options.
+pub fn take_over(from: &SkOptsEntry, to: &mut SkOptsEntry) {
+    (to.so_sndbuf, to.so_rcvbuf, to.so_peek_off) = (from.so_sndbuf, from.so_rcvbuf, from.so_peek_off);
+}
+
 /// Options of other families are refused with these.
 pub fn where_there<T>(value: SysResult<T>) -> Result<Option<T>, SysError> {
     use nix::errno::Errno;

@@ -27,6 +27,8 @@ impl From<&Run> for Told {
             pages_skipped: Some(run.pages.skipped),
             cache_hits: Some(run.maps.hits),
             cache_misses: Some(run.maps.misses),
+            connection_hits: Some(run.connections.hits),
+            connection_misses: Some(run.connections.misses),
             bytes: Some(run.bytes),
         }
     }
@@ -50,6 +52,7 @@ impl From<Told> for Run {
                 skipped: told.pages_skipped(),
             },
             maps: CacheUse { hits: told.cache_hits(), misses: told.cache_misses() },
+            connections: CacheUse { hits: told.connection_hits(), misses: told.connection_misses() },
             bytes: told.bytes(),
         }
     }
@@ -67,6 +70,7 @@ mod tests {
             phases: vec![(Phase::Frozen, Duration::from_micros(3)), (Phase::Total, Duration::from_secs(4))],
             pages: Pages { written: 1, in_parent: 2, skipped: 3 },
             maps: CacheUse { hits: 4, misses: 5 },
+            connections: CacheUse { hits: 6, misses: 7 },
             bytes: 4096,
         };
         for run in [good, Run::failed(Operation::Dump, Reason::NoSpace), Run::failed(Operation::Restore, Reason::Pid)] {

@@ -14,6 +14,7 @@ const MAP_CREATE: (c_int, &str) = (0, "BPF_MAP_CREATE");
 const MAP_UPDATE_ELEM: (c_int, &str) = (2, "BPF_MAP_UPDATE_ELEM");
 const PROG_LOAD: (c_int, &str) = (5, "BPF_PROG_LOAD");
 const OBJ_GET_INFO: (c_int, &str) = (15, "BPF_OBJ_GET_INFO_BY_FD");
+const RAW_TRACEPOINT_OPEN: (c_int, &str) = (17, "BPF_RAW_TRACEPOINT_OPEN");
 const MAP_FREEZE: (c_int, &str) = (22, "BPF_MAP_FREEZE");
 const LINK_CREATE: (c_int, &str) = (28, "BPF_LINK_CREATE");
 const ITER_CREATE: (c_int, &str) = (33, "BPF_ITER_CREATE");
@@ -21,6 +22,7 @@ const ITER_CREATE: (c_int, &str) = (33, "BPF_ITER_CREATE");
 const BPF_MAP_TYPE_ARRAY: u32 = 2;
 const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
 const BPF_PROG_TYPE_TRACING: u32 = 26;
+const BPF_TRACE_RAW_TP: u32 = 23;
 const BPF_TRACE_ITER: u32 = 28;
 const BPF_F_RDONLY_PROG: u32 = 1 << 7;
 
@@ -78,6 +80,8 @@ pub fn globals_map(content: &[u8], access: Access) -> BpfResult<OwnedFd> {
 pub enum Purpose {
     /// An iterator, with the BTF id of its function.
     Iterator(u32),
+    /// A tracepoint, with the BTF id of its type (`btf_trace_…`).
+    Tracepoint(u32),
     /// Packets of an interface.
     Classifier,
 }
@@ -128,6 +132,7 @@ pub fn load(program: Program<'_>, log: Option<&mut [u8]>) -> BpfResult<OwnedFd> 
         log.map_or((0, 0, 0), |log| (1, log.len() as u32, log.as_mut_ptr().expose_provenance() as u64));
     let (prog_type, expected_attach_type, attach_btf_id) = match program.purpose {
         Purpose::Iterator(function) => (BPF_PROG_TYPE_TRACING, BPF_TRACE_ITER, function),
+        Purpose::Tracepoint(name) => (BPF_PROG_TYPE_TRACING, BPF_TRACE_RAW_TP, name),
         Purpose::Classifier => (BPF_PROG_TYPE_SCHED_CLS, 0, 0),
     };
     let load = Load {
@@ -203,6 +208,18 @@ unsafe fn open_iterator(program: BorrowedFd<'_>, iter_info: u64, iter_info_len: 
     let link = unsafe { owned(call(LINK_CREATE, &create)?) };
     // SAFETY: no pointers; the answer is a new descriptor.
     Ok(unsafe { owned(call(ITER_CREATE, &[link.as_raw_fd() as u32, 0])?) })
+}
+
+/// Puts a program at the tracepoint that it was loaded for.
+pub fn attach_tracepoint(program: BorrowedFd<'_>) -> BpfResult<OwnedFd> {
+    #[repr(C)]
+    struct Open {
+        name: u64,
+        prog_fd: u32,
+    }
+    let open = Open { name: 0, prog_fd: program.as_raw_fd() as u32 };
+    // SAFETY: no pointers; the answer is a new descriptor.
+    Ok(unsafe { owned(call(RAW_TRACEPOINT_OPEN, &open)?) })
 }
 
 /// How often a program was passed over because it was running already on the same processor. 0 on kernels before 5.12,

@@ -14,6 +14,7 @@ pub mod pending;
 pub mod pieces;
 pub mod restart;
 pub mod survey;
+pub mod touched;
 pub mod waiting;
 pub mod watch;
 

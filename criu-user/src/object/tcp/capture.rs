@@ -44,7 +44,7 @@ impl Diag {
 }
 
 /// What only a TCP socket tells.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Facts {
     info: Info,
     opts: TcpOptsEntry,
@@ -55,13 +55,29 @@ pub struct Facts {
 impl Facts {
     /// Asks it, a socket with these addresses.
     pub fn read(file: &OwnedFd, entry: &InetSkEntry) -> Result<Self, ObjectError> {
+        let mut facts = Self { info: tcp::info(file)?, opts: options::capture(file)?, diag: None };
+        if facts.is_connected() {
+            facts.diag = found(entry)?;
+        }
+        Ok(facts)
+    }
+
+    /// Whether it is connected.
+    pub fn is_connected(&self) -> bool {
+        ![state::LISTEN, state::CLOSE, SYN_SENT].contains(&self.info.state.into())
+    }
+
+    /// What it tells now, if it is in the state that it was in.
+    pub fn as_of_now(&self, file: &OwnedFd) -> Result<Option<Self>, ObjectError> {
         let info = tcp::info(file)?;
-        let state = u32::from(info.state);
-        let diag = match [state::LISTEN, state::CLOSE, SYN_SENT].contains(&state) {
-            true => None,
-            false => found(entry)?,
-        };
-        Ok(Self { info, opts: options::capture(file)?, diag })
+        Ok((info.state == self.info.state).then(|| Self { info, ..self.clone() }))
+    }
+
+    /// Takes what [`Self::as_of_now`] asks for from others. Whether they are in the same state.
+    pub fn take_over(&mut self, from: &Self) -> bool {
+        let is_same = self.info.state == from.info.state;
+        self.info = from.info;
+        is_same
     }
 }
 
