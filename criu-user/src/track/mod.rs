@@ -4,6 +4,7 @@
 //! image ([`memory`], [`tree`]), hears from eBPF programs what happens meanwhile ([`witness`]), and tells whoever asks at its control socket ([`wire`], [`client`]).
 
 pub mod client;
+mod copying;
 pub mod export;
 mod install;
 mod measures;

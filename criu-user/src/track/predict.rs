@@ -10,6 +10,7 @@ use std::time::Duration;
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
+use super::copying;
 use crate::kernel::{kept, proc, survey};
 
 /// What a tree is made of, as far as it costs time in a freeze.
@@ -70,30 +71,62 @@ pub struct Measured {
     pub frozen_us: u64,
 }
 
-/// Microseconds for a freeze at all, and for one of each in the order of [`Shape::counts`], before anything is known of a
-/// machine (docs/tracking.md tells how they were measured).
-const COSTS: [f64; 7] = [1400.0, 570.0, 64.0, 0.5, 11.7, 0.0065, 0.93];
+/// Microseconds for a freeze at all, and for one of each in the order of [`Shape::counts`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Costs([f64; 7]);
+
+/// Where the page that is to be written stands in there.
+const WRITTEN: usize = 6;
+
+impl Default for Costs {
+    /// What they are where nothing is known of a machine (docs/tracking.md tells how they were measured).
+    fn default() -> Self {
+        Self([1400.0, 570.0, 64.0, 0.5, 11.7, 0.0065, 0.93])
+    }
+}
+
+impl Costs {
+    /// What they are before the first dump of this machine, which has been asked how fast it copies pages.
+    pub fn of_this_machine() -> Self {
+        /// To write a page from the program's memory into a file, in times of copying it from our own into memory.
+        const OF_COPYING: f64 = 0.8;
+        let Self(mut costs) = Self::default();
+        if let Some(copying) = copying::cost() {
+            costs[WRITTEN] = OF_COPYING * copying;
+        }
+        Self(costs)
+    }
+}
 
 /// What each thing costs on this machine, by the dumps that were made.
 ///
-/// First, by how much it is faster or slower than the machine of [`COSTS`]. Then by least squares of the relative errors,
+/// First, by how much it is faster or slower than `first` says. Then by least squares of the relative errors,
 /// held to that where the dumps tell nothing (ridge regression): one cost after the other is set to its best value, until
 /// they stay (Gauss-Seidel).
-fn costs(known: &[Measured]) -> [f64; 7] {
+fn costs(&Costs(first): &Costs, known: &[Measured]) -> [f64; 7] {
     /// By how much a dump can be off the best model, and a cost off what it was taken for.
     const NOISE: f64 = 0.2;
     const SPREAD: f64 = 0.12;
     /// No cost is taken for ten times too much.
     const LEAST: f64 = 0.1;
     const ROUNDS: usize = 30;
-    let speed = speed(known);
+    let speed = speed(&first, known);
     let share = |measured: &Measured| {
         let counts = measured.shape.counts();
-        std::array::from_fn::<f64, 7, _>(|n| speed * COSTS[n] * counts[n] / measured.frozen_us.max(1) as f64)
+        std::array::from_fn::<f64, 7, _>(|n| speed * first[n] * counts[n] / measured.frozen_us.max(1) as f64)
     };
     let faded = |age: usize| 0.95f64.powi(age.min(100) as i32) / (NOISE * NOISE);
-    let rows: Vec<([f64; 7], f64)> =
-        known.iter().rev().enumerate().map(|(age, measured)| (share(measured), faded(age))).collect();
+    // One that is far from what it should have taken, for reasons of its own, counts as if it were less far (Huber).
+    let credible = |shares: &[f64; 7]| (2.0 * NOISE / (1.0 - shares.iter().sum::<f64>()).abs().max(1e-9)).min(1.0);
+    let rows: Vec<([f64; 7], f64)> = known
+        .iter()
+        .rev()
+        .enumerate()
+        .map(|(age, measured)| {
+            let shares = share(measured);
+            (shares, faded(age) * credible(&shares))
+        })
+        .collect();
     let mut factors = [1.0; 7];
     for _ in 0..ROUNDS {
         for n in 0..factors.len() {
@@ -107,21 +140,25 @@ fn costs(known: &[Measured]) -> [f64; 7] {
             factors[n] = (over / under).max(LEAST);
         }
     }
-    std::array::from_fn(|n| speed * COSTS[n] * factors[n])
+    std::array::from_fn(|n| speed * first[n] * factors[n])
 }
 
 /// How long dumps take in times of what the first costs say: the median, drawn towards 1 while there are few.
-fn speed(known: &[Measured]) -> f64 {
+fn speed(first: &[f64; 7], known: &[Measured]) -> f64 {
     /// As many dumps as the first costs stand for.
     const FIRST: f64 = 3.0;
-    let ratio = |measured: &Measured| (measured.frozen_us.max(1) as f64 / measured.shape.model(&COSTS)).ln();
+    let ratio = |measured: &Measured| (measured.frozen_us.max(1) as f64 / measured.shape.model(first)).ln();
     let mut ratios: Vec<f64> = known.iter().map(ratio).collect();
     ratios.sort_by(f64::total_cmp);
     let count = ratios.len();
     let median = match count {
         0 => return 1.0,
         odd if odd % 2 == 1 => ratios[odd / 2],
-        even => f64::midpoint(ratios[even / 2 - 1], ratios[even / 2]),
+        // The one that says less: the other may be the exception.
+        even => [ratios[even / 2 - 1], ratios[even / 2]]
+            .into_iter()
+            .min_by(|a, b| a.abs().total_cmp(&b.abs()))
+            .unwrap_or(0.0),
     };
     (median * count as f64 / (count as f64 + FIRST)).exp()
 }
@@ -147,23 +184,36 @@ impl Shape {
     }
 }
 
-/// Estimates the freeze of a dump of such a tree.
-pub fn predict(shape: &Shape, known: &[Measured]) -> Duration {
+/// Estimates the freeze of a dump of such a tree, on a machine where the first dump costs so much.
+pub fn predict(shape: &Shape, first: &Costs, known: &[Measured]) -> Duration {
     /// A tree at this squared distance counts half as much as the same tree.
     const NEAR: f64 = 0.2;
     /// What the model itself counts, where nothing alike is known.
     const PRIOR: f64 = 0.3;
-    let costs = costs(known);
-    let mut weights = PRIOR;
-    // Of ratios, the geometric mean: twice and half are equally wrong.
-    let mut sum = 0.0;
-    for (age, measured) in known.iter().rev().enumerate() {
+    let costs = costs(first, known);
+    // Of ratios, by their logarithms: twice and half are equally wrong.
+    let mut ratios = vec![(0.0, PRIOR)];
+    ratios.extend(known.iter().rev().enumerate().map(|(age, measured)| {
         // Older dumps fade: what ran beside them does not run any more.
         let weight = NEAR / (NEAR + measured.shape.distance(shape, &costs)) * 0.9f64.powi(age.min(40) as i32);
-        weights += weight;
-        sum += weight * (measured.frozen_us.max(1) as f64 / measured.shape.model(&costs)).ln();
-    }
-    Duration::from_micros((shape.model(&costs) * (sum / weights).exp()) as u64)
+        ((measured.frozen_us.max(1) as f64 / measured.shape.model(&costs)).ln(), weight)
+    }));
+    Duration::from_micros((shape.model(&costs) * middle(&mut ratios).exp()) as u64)
+}
+
+/// The mean of values with weights, of which none counts as further from their median than others mostly are: once in a
+/// while a dump takes several times as long as the next one.
+fn middle(values: &mut [(f64, f64)]) -> f64 {
+    const FAR: f64 = 0.3;
+    values.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let whole: f64 = values.iter().map(|(_, weight)| weight).sum();
+    let mut below = 0.0;
+    let median = values.iter().find_map(|(value, weight)| {
+        below += weight;
+        (below >= whole / 2.0).then_some(*value)
+    });
+    let Some(median) = median else { return 0.0 };
+    values.iter().map(|(value, weight)| value.clamp(median - FAR, median + FAR) * weight).sum::<f64>() / whole
 }
 
 /// Pages that are copied before a freeze in a second, where memory is slow to come by.
@@ -211,6 +261,11 @@ fn file() -> Option<String> {
 mod tests {
     use super::*;
 
+    /// On a machine of which nothing is known.
+    fn predict(shape: &Shape, known: &[Measured]) -> Duration {
+        super::predict(shape, &Costs::default(), known)
+    }
+
     const SMALL: Shape = Shape { processes: 1, threads: 1, areas: 30, descriptors: 5, pages: 1000, written: 1000 };
 
     fn within(estimate: Duration, of: Duration, share: f64) {
@@ -256,6 +311,22 @@ mod tests {
         let known = [slow(10_000), slow(30_000), slow(100_000), slow(20_000)];
         within(predict(&of(1_000_000), &known), Duration::from_secs(2), 0.2);
         within(predict(&of(1_000_000), &[]), Duration::from_millis(913), 0.05);
+    }
+
+    #[test]
+    fn one_that_took_long_for_no_reason_is_soon_forgotten() {
+        let of = |frozen_us| Measured { shape: SMALL, frozen_us };
+        let known = [of(13_000), of(3_100)];
+        within(predict(&SMALL, &known), Duration::from_micros(3_100), 0.25);
+        let known = [of(3_000), of(3_100), of(13_000)];
+        within(predict(&SMALL, &known), Duration::from_micros(3_100), 0.35);
+    }
+
+    #[test]
+    fn the_middle_is_not_drawn_far_by_one() {
+        assert_eq!(middle(&mut [(0.0, 1.0), (0.2, 1.0), (-0.2, 1.0)]), 0.0);
+        assert!((middle(&mut [(0.0, 1.0), (0.0, 1.0), (9.0, 1.0)]) - 0.1).abs() < 1e-9);
+        assert_eq!(middle(&mut []), 0.0);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Everything happens in one thread, because that is who traces the processes that are stopped for a moment; looks are
 //! short, and whoever asks meanwhile waits for the end of one.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
@@ -27,7 +27,7 @@ use super::TrackError;
 use super::export::{Exporter, MetricsOptions};
 use super::measures::Measures;
 use super::memory::Memory;
-use super::predict::{self, Measured, Shape};
+use super::predict::{self, Costs, Measured, Shape};
 use super::recorder::Recorder;
 use super::report::Report;
 use super::tree::{Belief, Tree, TreeLook};
@@ -111,6 +111,8 @@ struct Shared {
     /// What the tree was made of when it was looked at last, and what earlier dumps took.
     shape: RefCell<Shape>,
     measured: RefCell<Vec<Measured>>,
+    /// What a dump costs before others have told; found out for the first prediction.
+    costs: OnceCell<Costs>,
     last_look: Cell<Option<Instant>>,
     /// Longest time for which a process was stopped since somebody last made an image.
     stopped: Cell<Duration>,
@@ -153,6 +155,7 @@ impl Session {
             recorder: RefCell::default(),
             shape: RefCell::default(),
             measured: RefCell::default(),
+            costs: OnceCell::new(),
             last_look: Cell::default(),
             stopped: Cell::default(),
             breath: Cell::default(),
@@ -392,7 +395,7 @@ impl Shared {
             false => all,
         };
         let now = Shape { written: left, ..*shape };
-        predict::predict(&now, &self.measured.borrow())
+        predict::predict(&now, self.costs.get_or_init(Costs::of_this_machine), &self.measured.borrow())
     }
 
     /// Hands over what was written since the last image. Nothing is reported: whoever makes an image waits.

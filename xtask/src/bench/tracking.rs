@@ -1,7 +1,7 @@
-//! `cargo xtask bench tracking [--rounds N]`: what tracking costs a program, and what it spares in the freeze.
+//! `cargo xtask bench tracking [PART…] [--rounds N]`: what tracking costs a program, and what it spares in the freeze.
 //!
 //! Whatever is compared is measured in turns in one run: a program tracked and not tracked, our engine and CRIU. The report
-//! goes to docs/bench-tracking.md.
+//! goes to docs/bench-tracking.md, if all parts were measured.
 
 mod freezes;
 mod lives;
@@ -9,7 +9,7 @@ mod slowdown;
 
 use std::{fmt::Write as _, fs, path::Path, process::Command, time::Duration};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use e2e::Program;
 
 use super::{report, sample::Contender};
@@ -29,26 +29,49 @@ struct Line {
     holds: bool,
 }
 
+/// What can be measured by itself, in this order.
+const PARTS: [&str; 5] = ["pre-dumps", "live", "predictions", "slowdown", "session"];
+
 /// Measures everything and writes the report.
 pub fn run(args: &[String]) -> Result<()> {
-    let rounds = match args {
-        [] => 3,
-        [option, number] if option == "--rounds" => number.parse().context("--rounds needs a number")?,
-        _ => bail!("bench tracking knows --rounds only"),
-    };
+    let (names, rounds) = parse(args)?;
     let pair = Pair { ours: Contender::ours()?, peer: Contender::peer(peer::ensure_peer()?)? };
     let mut lines = Vec::new();
-    lines.extend(freezes::after_pre_dumps(&pair, rounds)?);
-    lines.extend(lives::all(&pair, rounds)?);
-    lines.push(freezes::predictions(&pair)?);
-    lines.extend(slowdown::all(&pair, rounds)?);
-    lines.extend(slowdown::own_cost(&pair)?);
+    for name in &names {
+        lines.extend(match *name {
+            "pre-dumps" => freezes::after_pre_dumps(&pair, rounds)?,
+            "live" => lives::all(&pair, rounds)?,
+            "predictions" => vec![freezes::predictions(&pair)?],
+            "slowdown" => slowdown::all(&pair, rounds)?,
+            _ => slowdown::own_cost(&pair)?,
+        });
+    }
     let text = write(&lines, rounds);
     print!("{text}");
+    if names != PARTS {
+        return Ok(());
+    }
     let out = peer::workspace_root()?.join("docs/bench-tracking.md");
     fs::write(&out, text).with_context(|| format!("writing {}", out.display()))?;
     eprintln!("written to {}", out.display());
     Ok(())
+}
+
+/// Which parts, all if none is named, and how many rounds.
+fn parse(args: &[String]) -> Result<(Vec<&'static str>, usize)> {
+    let (mut names, mut rounds) = (Vec::new(), 3);
+    let mut args = args.iter();
+    while let Some(arg) = args.next() {
+        if arg == "--rounds" {
+            rounds = args.next().context("--rounds needs a number")?.parse().context("--rounds needs a number")?;
+            continue;
+        }
+        let known = PARTS.iter().find(|name| *name == arg);
+        names.push(
+            *known.with_context(|| format!("bench tracking knows {} and --rounds, not {arg}", PARTS.join(", ")))?,
+        );
+    }
+    Ok(if names.is_empty() { (PARTS.to_vec(), rounds) } else { (names, rounds) })
 }
 
 fn write(lines: &[Line], rounds: usize) -> String {
