@@ -83,6 +83,7 @@ fn as_json() {
         "kcmp",
         "tcp_repair",
         "tcp_clients",
+        "connections_ahead",
         "raw_sockets",
         "time_namespace",
         "memfd",
@@ -250,8 +251,8 @@ fn nothing_left() {
     let output = with_empty_run("\"$1\" check --quiet; ls -A /run /run/criu-ebpf", &[]);
     let text = said(&output);
     let kept = |line: &&str| line.starts_with("btf-") || line.starts_with("check-");
-    // What the survey and the programs about clients need to know of the kernel's types, and the answers.
-    assert_eq!(text.lines().filter(kept).count(), 3, "{text}");
+    // What the survey and the programs about clients and connections need to know of the kernel's types, and the answers.
+    assert_eq!(text.lines().filter(kept).count(), 4, "{text}");
     assert!(
         text.lines().filter(|line| !line.contains("/run") && !line.is_empty()).all(|l| kept(&l) || l == "criu-ebpf"),
         "{text}"

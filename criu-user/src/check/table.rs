@@ -116,6 +116,8 @@ probes! {
         "raw_sockets" socket::raw, "rebuild half-closed TCP connections", NO_TCP, "run with cap_net_raw and cap_net_admin";
         "tcp_clients" ebpf::pending_clients, "clients of TCP servers that nobody has accepted", Less("--skip-in-flight"),
             "use Linux 6.9 or later with CONFIG_SYN_COOKIES; set net.ipv4.tcp_syncookies to 1";
+        "connections_ahead" ebpf::connections_ahead, "ask many connections before the freeze",
+            Less("longer freezes of many connections"), "use Linux 6.1 or later with CONFIG_DEBUG_INFO_BTF";
         "socket_buffer_lock" socket::buffer_lock, "whether buffer sizes were chosen", Less("chosen sizes may adapt again"),
             "use Linux 5.15 or later";
     }

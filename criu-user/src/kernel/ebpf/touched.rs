@@ -66,7 +66,7 @@ impl Lookout {
     /// One with room for so many connections.
     ///
     /// # Minimum kernel version
-    /// 5.19, with type information (CONFIG_DEBUG_INFO_BTF); CAP_BPF and CAP_PERFMON.
+    /// 6.1, with type information (CONFIG_DEBUG_INFO_BTF); CAP_BPF and CAP_PERFMON.
     pub fn new(most: usize) -> EbpfResult<Self> {
         let layout = cache::layout(SOURCES, &FUNCTIONS)?;
         let offsets = layout.bytes();

@@ -12,6 +12,7 @@ use nix::unistd::Pid;
 use super::{Absent, Answer, apart_in, network};
 use crate::kernel::ebpf::admit::Door;
 use crate::kernel::ebpf::pending::{Reader, Which};
+use crate::kernel::ebpf::touched::Lookout;
 use crate::kernel::ebpf::{EbpfError, EbpfSurvey, bpf, btf};
 use crate::kernel::scratch;
 
@@ -135,6 +136,14 @@ pub fn pending_clients() -> Answer {
         return Err(Absent::because(format!("{COOKIES} says 0")));
     }
     apart_in(CloneFlags::CLONE_NEWNET, || Ok(Door::new(&[]).map(|_| String::new())?))
+}
+
+/// The programs that find connections, and look after them.
+pub fn connections_ahead() -> Answer {
+    let lookout = Lookout::new(1)?;
+    let found = lookout.connections(Pid::this())?.len();
+    lookout.begin(&[])?.touched()?;
+    Ok(format!("task_file, sys_exit: {found} connections"))
 }
 
 /// bpffs: something is pinned in one that is mounted nowhere and goes with its descriptor.
