@@ -40,6 +40,8 @@ const EBADF: i64 = 9;
 const CALLS: [u64; 5] = [42, 48, 49, 50, 54];
 /// The same by the 32-bit interface, where socketcall(2) has its arguments in memory.
 const COMPAT_CALLS: [u64; 6] = [102, 361, 362, 363, 366, 373];
+/// What is above this bit in the number of a call by the x32 interface: nothing.
+const X32_BIT: u32 = 30;
 
 /// The sockets by their inodes; 1 for one that was touched, or may have been.
 #[map]
@@ -105,6 +107,9 @@ fn touched(ctx: BtfTracePointContext) -> i32 {
         let number: u64 = load(regs, off!(regs_nr));
         let (is_ours, is_compat) = (CALLS.contains(&number), COMPAT_CALLS.contains(&number));
         if !is_ours && !is_compat {
+            if number >> X32_BIT == 1 {
+                note(UNKNOWN);
+            }
             return 0;
         }
         let task = bpf_get_current_task_btf().cast_const().cast::<c_void>();
