@@ -272,6 +272,10 @@ static void say_gap(void)
 	char line[64];
 	snprintf(line, sizeof line, "gap %ld\n", watch_clock());
 	say(line);
+	for (int i = 0; i < gap_count; i++) {
+		snprintf(line, sizeof line, "stood %ld %ld\n", gaps[i].from, gaps[i].length);
+		say(line);
+	}
 }
 
 int main(int argc, char **argv)

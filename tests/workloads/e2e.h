@@ -96,6 +96,12 @@ static inline long time_of_day(void)
 	return t.tv_sec * 1000000000L + t.tv_nsec;
 }
 
+/* Gaps of more than a millisecond that watch_clock() has found: when each began, and how long it was. */
+static struct {
+	long from, length;
+} gaps[256];
+static int gap_count;
+
 /* The longest gap until the next word to go on. Nothing that could wait for a disk happens between two looks. */
 static inline long watch_clock(void)
 {
@@ -111,6 +117,10 @@ static inline long watch_clock(void)
 		long now = time_of_day();
 		if (now - last > gap)
 			gap = now - last;
+		if (now - last > 1000000 && gap_count < (int)(sizeof gaps / sizeof *gaps)) {
+			gaps[gap_count].from = last;
+			gaps[gap_count++].length = now - last;
+		}
 		last = now;
 	}
 	return gap;

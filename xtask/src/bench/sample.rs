@@ -7,7 +7,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -199,6 +199,19 @@ pub fn gap(program: &Program) -> Result<Duration> {
     let mut gaps = log.lines().filter_map(|line| line.strip_prefix("gap "));
     let nanoseconds = gaps.next_back().context("the program logged no gap")?;
     Ok(Duration::from_nanos(nanoseconds.parse()?))
+}
+
+/// The longest of these times that overlaps one span of time; what took less than a millisecond is not among them.
+pub fn gap_within(program: &Program, from: SystemTime, to: SystemTime) -> Result<Duration> {
+    let since_epoch = |time: SystemTime| time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let (from, to) = (since_epoch(from), since_epoch(to));
+    let log = program.log();
+    let gaps = log.lines().filter_map(|line| {
+        let (begin, length) = line.strip_prefix("stood ")?.split_once(' ')?;
+        Some((Duration::from_nanos(begin.parse().ok()?), Duration::from_nanos(length.parse().ok()?)))
+    });
+    let inside = gaps.filter(|(begin, length)| *begin < to && *begin + *length > from);
+    Ok(inside.map(|(_, length)| length).max().unwrap_or(Duration::from_millis(1)))
 }
 
 /// What all files of an image directory hold together, without logs and statistics.
