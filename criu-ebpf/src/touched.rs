@@ -6,7 +6,7 @@
 //! past it.
 //!
 //! Whoever has a descriptor can change a socket, whether he belongs to the tree or not. So what comes first here is not the
-//! process but the call: none of these is made often. What counts then is whether its socket is one of those.
+//! process but the call. What counts then is whether its socket is one of those.
 //!
 //! On another target than BPF this is an empty program: so that clippy and the editor can look at it.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]

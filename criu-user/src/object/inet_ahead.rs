@@ -24,8 +24,7 @@ use crate::kernel::proc;
 use crate::kernel::survey_cache::{CacheUse, Caching};
 use crate::parallel;
 
-/// Connections from which on it pays: fewer are asked in the time that the programs take to load, two or three
-/// milliseconds.
+/// Connections from which on it pays: fewer are asked in about the time that the programs take to load, a millisecond.
 const MANY: usize = 64;
 
 /// What connections told before the freeze.

@@ -201,7 +201,8 @@ pub fn gap(program: &Program) -> Result<Duration> {
     Ok(Duration::from_nanos(nanoseconds.parse()?))
 }
 
-/// The longest of these times that overlaps one span of time; what took less than a millisecond is not among them.
+/// The longest of these times that overlaps one span of time. What took less than a millisecond is not among them: where
+/// there is none at all, the program was not looking.
 pub fn gap_within(program: &Program, from: SystemTime, to: SystemTime) -> Result<Duration> {
     let since_epoch = |time: SystemTime| time.duration_since(UNIX_EPOCH).unwrap_or_default();
     let (from, to) = (since_epoch(from), since_epoch(to));
@@ -211,7 +212,7 @@ pub fn gap_within(program: &Program, from: SystemTime, to: SystemTime) -> Result
         Some((Duration::from_nanos(begin.parse().ok()?), Duration::from_nanos(length.parse().ok()?)))
     });
     let inside = gaps.filter(|(begin, length)| *begin < to && *begin + *length > from);
-    Ok(inside.map(|(_, length)| length).max().unwrap_or(Duration::from_millis(1)))
+    inside.map(|(_, length)| length).max().context("the program saw no gap of a millisecond in the freeze")
 }
 
 /// What all files of an image directory hold together, without logs and statistics.
