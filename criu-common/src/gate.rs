@@ -51,6 +51,9 @@ pub struct Held {
 /// The mark of packets that pass: the one that CRIU uses, whose own rules let it pass as well.
 pub const MARK: u32 = 0xc114;
 
+/// The mark of packets to a peer that the gate drops, and its sender takes for sent.
+pub const SWALLOWED: u32 = MARK + 1;
+
 /// How many connections one gate can hold.
 pub const MOST: u32 = 1 << 16;
 

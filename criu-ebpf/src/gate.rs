@@ -18,9 +18,10 @@
 mod packet;
 
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC};
+use aya_ebpf::helpers::generated::bpf_redirect;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::HashMap;
-use criu_common::gate::{Connection, Held, MARK, MOST};
+use criu_common::gate::{Connection, Held, MARK, MOST, SWALLOWED};
 use packet::Packet;
 
 #[unsafe(no_mangle)]
@@ -38,13 +39,22 @@ static LOCKED: HashMap<Connection, Held> = HashMap::with_max_entries(MOST, BPF_F
 #[unsafe(link_section = "classifier")]
 extern "C" fn gate(skb: *mut __sk_buff) -> i32 {
     // SAFETY: the verifier admits only loads from the context.
-    if unsafe { (*skb).mark } == MARK {
+    let mark = unsafe { (*skb).mark };
+    if mark == MARK {
         return TC_ACT_UNSPEC;
     }
     match Packet::of(skb) {
+        Some(packet) if mark == SWALLOWED && LOCKED.get_ptr(packet.ends).is_some() => swallow(),
         Some(packet) if is_held(packet) => TC_ACT_SHOT,
         _ => TC_ACT_UNSPEC,
     }
+}
+
+/// Drops a packet, and its sender takes it for sent: it goes to an interface that there is not.
+#[inline(always)]
+fn swallow() -> i32 {
+    // SAFETY: the helper notes the number, and reads nothing.
+    unsafe { bpf_redirect(0, 0) as i32 }
 }
 
 /// Looks a packet up both ways, and counts it.

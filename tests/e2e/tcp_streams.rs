@@ -28,12 +28,17 @@ enum Slow {
     Peer,
 }
 
-/// Moves the program, with the stream going on, and compares what was sent with what has come. Gives for how long the
-/// stream stood still after each move.
-fn moved(network: &Network, family: &str, options: u8, slow: Slow) -> Vec<Duration> {
+/// What the peer's connections agree on from now on.
+fn agree_on(network: &Network, options: u8) {
     for (name, bit) in [("timestamps", TIMESTAMPS), ("sack", SACK), ("window_scaling", SCALING)] {
         network.set(&format!("net.ipv4.tcp_{name}"), if options & bit != 0 { "1" } else { "0" });
     }
+}
+
+/// Moves the program, with the stream going on, and compares what was sent with what has come. Gives for how long the
+/// stream stood still after each move.
+fn moved(network: &Network, family: &str, options: u8, slow: Slow) -> Vec<Duration> {
+    agree_on(network, options);
     let options = options.to_string();
     let own = |end: Slow| {
         let mut environment = vec![("E2E_OPTIONS", options.as_str())];
@@ -102,6 +107,36 @@ fn slow_program_without_anything() {
 #[test]
 fn slow_peer_without_anything() {
     agreed(27, 0, Slow::Peer);
+}
+
+/// What is lost of data that was on its way comes again as soon as it did before.
+fn round_trips_are_known(number: u8, options: u8) {
+    let network = Network::new(number);
+    agree_on(&network, options);
+    let options = options.to_string();
+    let environment = [("E2E_OPTIONS", options.as_str())];
+    let mut pair = Pair::across(&network, ["tcp.py", "under_way"], "v4", 1, [&environment, &environment]);
+    network.lose_answers();
+    pair.program.next();
+    move_once(&kept(&Row::ours(Survey::Ebpf)), &pair.program);
+    pair.program.next();
+    network.find_answers();
+    pair.finish();
+}
+
+#[test]
+fn round_trip() {
+    round_trips_are_known(34, ALL);
+}
+
+#[test]
+fn round_trip_without_timestamps() {
+    round_trips_are_known(35, ALL & !TIMESTAMPS);
+}
+
+#[test]
+fn round_trip_without_anything() {
+    round_trips_are_known(36, 0);
 }
 
 #[test]

@@ -85,6 +85,11 @@ def segment(sock):
     return struct.unpack_from("<I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 24), 16)[0]
 
 
+def round_trip(sock):
+    """How long a round trip takes as far as it knows, in microseconds."""
+    return struct.unpack_from("<I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 72), 68)[0]
+
+
 def state(sock):
     return info(sock)[0]
 

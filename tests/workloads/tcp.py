@@ -35,6 +35,7 @@ from network import (
     listener,
     piece,
     reach,
+    round_trip,
     same,
     segment,
     serve,
@@ -133,6 +134,33 @@ def stream_peer():
     yield
     equal(info(sock)[1:], before, "options and scales")
     flow.end()
+
+
+@case
+def under_way():
+    """Something is on its way, and the peer does not hear of it: how long a round trip takes is known all the same."""
+    sock = yield from serve()
+    sock.sendall(b"x")
+    equal(sock.recv(1), b"y", "what the peer says")
+    yield
+    check(OPTIONS == info(sock)[1] & 7, f"agreed on {info(sock)[1]}, not on {OPTIONS}")
+    measured = round_trip(sock)
+    sock.sendall(bytes(3000))
+    yield
+    now = round_trip(sock)
+    check(measured / 2 <= now <= measured + 50_000, f"a round trip takes {now} us, and took {measured}")
+    yield
+    equal(sock.recv(1), b"z", "what the peer says in the end")
+
+
+@case
+def under_way_peer():
+    sock = call()
+    sock.sendall(b"y")
+    yield
+    equal(sock.recv(1), b"x", "what the program says")
+    equal(len(sock.recv(3000, socket.MSG_WAITALL)), 3000, "what was on its way")
+    sock.sendall(b"z")
 
 
 @case

@@ -5,6 +5,7 @@
 //! net/ipv4/tcp.c.
 
 use std::os::fd::{AsFd, AsRawFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv, send};
@@ -96,6 +97,8 @@ pub struct Info {
     pub waiting: u32,
     /// Of a listening socket: how many may.
     pub backlog: u32,
+    /// For how long no data was sent; the kernel counts in ticks of some milliseconds.
+    pub since_sent: Duration,
     /// The smoothed round-trip time in microseconds; 0 where none was measured.
     pub rtt: u32,
     /// The window that the peer offers.
@@ -117,6 +120,7 @@ pub fn info(fd: impl AsFd) -> SysResult<Info> {
         rcv_wscale: byte(6) >> 4,
         waiting: word(24),
         backlog: word(28),
+        since_sent: Duration::from_millis(word(44).into()),
         rtt: word(68),
         snd_wnd: word(228),
     })

@@ -10,6 +10,7 @@
 //! that comes from the peer's address and carries the mark.
 
 use std::ops::Range;
+use std::time::Duration;
 
 use super::read::TcpError;
 use super::state::{Numbers, State};
@@ -75,6 +76,11 @@ pub enum Step {
     FromPeer(Segment),
     /// A byte that was acknowledged long ago, in the send queue.
     Acknowledged,
+    /// The same byte, and the kernel takes it for sent just now. The gate swallows it; without a gate it goes to the peer,
+    /// who takes it for one that asks whether he is still there.
+    Sent,
+    /// Until it was sent so long ago.
+    Wait(Duration),
     /// The peer's acknowledgement of that byte, which gives back this timestamp: by it the kernel knows how long a
     /// round trip takes.
     Sample(Segment, u32),
@@ -113,14 +119,18 @@ impl Course {
             return Ok(Self::syn_sent(numbers));
         }
         let from = Packets { numbers, stream };
-        let mut course = Self { make: connected(state, stream, numbers), ..Self::default() };
-        let unsent = (stream.inq_len + stream.outq_len - stream.unsq_len()) as usize..stream.payload();
+        let trip = Trip::of(state, stream);
+        let mut course = Self { make: connected(state, stream, numbers, trip), ..Self::default() };
+        if let Some(Trip::Lasts(time)) = trip {
+            course.release.extend([Step::Wait(time), Step::FromPeer(from.ack_of_data(state))]);
+        }
+        let unsent = stream.inq_len as usize + stream.sent()..stream.payload();
         let writes = !unsent.is_empty();
         course.release.push(Step::Repair(Repair::Off));
         if writes {
             course.release.push(Step::Write(unsent));
         }
-        course.close(state, &from);
+        course.close(state, &from, trip);
         if state != State::Close {
             course.resume.extend(from.nudges(state));
             course.resume.push(Step::Push);
@@ -129,24 +139,26 @@ impl Course {
     }
 
     /// Says again what was said of the connection's end: the rows of the state table.
-    fn close(&mut self, state: State, packets: &Packets<'_>) {
+    fn close(&mut self, state: State, packets: &Packets<'_>, trip: Option<Trip>) {
+        // A byte whose acknowledgement is waited for is not acknowledged by the way.
+        let waited = u32::from(matches!(trip, Some(Trip::Lasts(_))));
+        let fin = packets.peer_fin();
+        let early_fin = Step::FromPeer(Segment { ack: fin.ack.wrapping_sub(waited), ..fin });
         match state {
             State::Established | State::SynSent => {}
-            State::CloseWait => self.make.push(Step::FromPeer(packets.peer_fin())),
+            State::CloseWait => self.make.push(early_fin),
             State::FinWait1 => self.release.push(Step::Fin),
             State::FinWait2 => self.make.extend([Step::FinAsSent, Step::FromPeer(packets.ack_of_fin(0))]),
-            State::Closing => self.release.extend([Step::Fin, Step::FromPeer(packets.peer_fin())]),
+            State::Closing => self.release.extend([Step::Fin, Step::FromPeer(fin)]),
             State::LastAck => {
-                self.make.push(Step::FromPeer(packets.peer_fin()));
+                self.make.push(early_fin);
                 self.release.push(Step::Fin);
             }
             // Numbers of a connection that was reset are nobody's any more, so they may be counted as of one that ended.
             State::Close if packets.stream.reset() => self.make.push(Step::FromPeer(packets.reset())),
-            State::Close => self.make.extend([
-                Step::FromPeer(packets.peer_fin()),
-                Step::FinAsSent,
-                Step::FromPeer(packets.ack_of_fin(1)),
-            ]),
+            State::Close => {
+                self.make.extend([Step::FromPeer(fin), Step::FinAsSent, Step::FromPeer(packets.ack_of_fin(1))])
+            }
         }
     }
 
@@ -168,15 +180,15 @@ impl Course {
 const SEGMENTS_MAX: u32 = 32767;
 
 /// A connected socket in repair mode, with everything in its queues that was sent or received.
-fn connected(state: State, stream: &TcpStreamEntry, numbers: Numbers) -> Vec<Step> {
+fn connected(state: State, stream: &TcpStreamEntry, numbers: Numbers, trip: Option<Trip>) -> Vec<Step> {
     let received = stream.inq_len as usize;
-    let sent = received..received + (stream.outq_len - stream.unsq_len()) as usize;
-    let echo = echo(stream).filter(|_| !sent.is_empty());
+    let sent = received..received + stream.sent();
+    let window = window(state, stream).map(Step::Window);
     let mut steps = vec![
         Step::Repair(Repair::On),
         Step::Bind,
         Step::Begin(Queue::Receive, numbers.received_from),
-        Step::Begin(Queue::Send, numbers.sent_from.wrapping_sub(echo.is_some().into())),
+        Step::Begin(Queue::Send, numbers.sent_from.wrapping_sub(trip.is_some().into())),
         // The kernel works out how large segments are when it connects, and by what was agreed on only if it is told
         // now (tcp_connect_init in net/ipv4/tcp_output.c): else they would stay at the 536 bytes that everybody takes.
         Step::Segments(stream.mss_clamp.min(SEGMENTS_MAX)),
@@ -190,30 +202,54 @@ fn connected(state: State, stream: &TcpStreamEntry, numbers: Numbers) -> Vec<Ste
     if received > 0 {
         steps.push(Step::Fill(Queue::Receive, 0..received));
     }
-    if echo.is_some() {
-        steps.push(Step::Acknowledged);
+    match trip {
+        Some(Trip::Echo(_)) => steps.push(Step::Acknowledged),
+        Some(Trip::Lasts(_)) => {
+            steps.extend(window.clone());
+            steps.extend([Step::Repair(Repair::Off), Step::Sent, Step::Repair(Repair::On)]);
+        }
+        None => {}
     }
     if !sent.is_empty() {
         steps.push(Step::Fill(Queue::Send, sent));
     }
-    if let Some(echo) = echo {
-        steps.push(Step::Sample(Packets { numbers, stream }.ack_of_data(), echo));
+    if let Some(Trip::Echo(echo)) = trip {
+        steps.push(Step::Sample(Packets { numbers, stream }.peer_ack(), echo));
     }
-    steps.extend(window(state, stream).map(Step::Window));
+    steps.extend(window);
     steps
 }
 
 /// The lowest bit of TCP_TIMESTAMP is none of the time: it says that timestamps are in microseconds.
 const MICROSECONDS: u32 = 1;
 
-/// The timestamp that a packet gives back which has taken as long as they did before. A connection that is made in repair
-/// mode has no round-trip time: what is lost of it would be sent again after three seconds (TCP_TIMEOUT_FALLBACK in
-/// `tcp_init_metrics` of net/ipv4/tcp_metrics.c), then after six. The kernel measures by what is acknowledged, and of data
-/// that was put into the queue in repair mode by timestamps only.
-fn echo(stream: &TcpStreamEntry) -> Option<u32> {
-    let stamp = stream.timestamp?;
-    let ticks = if stamp & MICROSECONDS != 0 { stream.rtt? } else { stream.rtt?.div_ceil(1000) };
-    Some((stamp & !MICROSECONDS).wrapping_sub(ticks))
+/// How the kernel learns how long a round trip takes. A connection that is made in repair mode has no round-trip time:
+/// what is lost of it would be sent again after three seconds (TCP_TIMEOUT_FALLBACK in `tcp_init_metrics` of
+/// net/ipv4/tcp_metrics.c), then after six. The kernel measures by what is acknowledged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Trip {
+    /// The acknowledgement of what was put into the queue in repair mode gives back the timestamp of as long ago.
+    Echo(u32),
+    /// Without timestamps nothing is measured of that, nor of anything that was sent twice: one byte is sent, and
+    /// acknowledged so much later.
+    Lasts(Duration),
+}
+
+impl Trip {
+    /// Who is much farther away than this has to measure it by itself: a restore waits no longer.
+    const LONGEST: Duration = Duration::from_secs(1);
+
+    /// Of a connection that has something under way.
+    fn of(state: State, stream: &TcpStreamEntry) -> Option<Self> {
+        let micros = stream.rtt.filter(|_| stream.sent() > 0)?;
+        if let Some(stamp) = stream.timestamp {
+            let ticks = if stamp & MICROSECONDS != 0 { micros } else { micros.div_ceil(1000) };
+            return Some(Self::Echo((stamp & !MICROSECONDS).wrapping_sub(ticks)));
+        }
+        // Who may send nothing, by what the peer takes, cannot send that byte.
+        let may = state != State::Close && window(state, stream).is_some_and(|window| window.snd_wnd > 0);
+        may.then(|| Self::Lasts(Duration::from_micros(micros.into()).min(Self::LONGEST)))
+    }
 }
 
 fn option(stream: &TcpStreamEntry, option: u8) -> bool {
@@ -268,9 +304,15 @@ impl Packets<'_> {
         Segment { flag: Flag::None, seq, ack, window: self.peers_window() }
     }
 
-    /// The peer's acknowledgement of all before our data that it has not acknowledged.
-    fn ack_of_data(&self) -> Segment {
+    /// What the peer had acknowledged, acknowledged once more.
+    fn peer_ack(&self) -> Segment {
         Segment { flag: Flag::None, ..self.peer_fin() }
+    }
+
+    /// The same, where the peer's FIN has come again meanwhile.
+    fn ack_of_data(&self, state: State) -> Segment {
+        let fin = u32::from(state.has_received_fin());
+        Segment { seq: self.numbers.received_to.wrapping_add(fin), ..self.peer_ack() }
     }
 
     /// The peer's word that it knows of no connection.
@@ -288,7 +330,7 @@ impl Packets<'_> {
         let segment = |seq: u32| Step::ToPeer(Segment { flag: Flag::None, seq, ack, window });
         let mut steps = vec![segment(self.numbers.sent_to.wrapping_add(fin))];
         let received = self.stream.inq_len as usize;
-        let sent = received..received + (self.stream.outq_len - self.stream.unsq_len()) as usize;
+        let sent = received..received + self.stream.sent();
         if !sent.is_empty() {
             let first = Segment { flag: Flag::None, seq: self.numbers.sent_from, ack, window };
             // Not before any that the peer has seen, and not behind those that the socket begins with.
@@ -308,6 +350,11 @@ impl TcpStreamEntry {
     /// How many bytes both queues hold.
     fn payload(&self) -> usize {
         self.inq_len as usize + self.outq_len as usize
+    }
+
+    /// How many of these are on their way to the peer.
+    fn sent(&self) -> usize {
+        (self.outq_len - self.unsq_len()) as usize
     }
 }
 
@@ -392,8 +439,33 @@ mod tests {
         assert_eq!(course.make[place + 1..place + 3], next);
         let idle = TcpStreamEntry { outq_len: 0, unsq_len: Some(0), rtt: Some(12_300), ..stream() };
         assert!(!Course::of(State::Established, &idle).unwrap().make.contains(&Step::Acknowledged));
-        assert_eq!(echo(&TcpStreamEntry { timestamp: Some(100_001), rtt: Some(500), ..stream() }), Some(99_500));
-        assert_eq!(echo(&stream()), None);
+        let micros = TcpStreamEntry { timestamp: Some(100_001), rtt: Some(500), ..stream() };
+        assert_eq!(Trip::of(State::Established, &micros), Some(Trip::Echo(99_500)));
+        assert_eq!(Trip::of(State::Established, &stream()), None);
+    }
+
+    #[test]
+    fn without_timestamps_a_byte_makes_the_round_trip() {
+        let stream = TcpStreamEntry { timestamp: None, opt_mask: 0, snd_wscale: 0, rtt: Some(12_300), ..stream() };
+        let course = |state| Course::of(state, &stream).unwrap();
+        let Course { make, release, .. } = course(State::Established);
+        assert!(make.contains(&Step::Begin(Queue::Send, 1999)), "{make:?}");
+        let place = make.iter().position(|step| *step == Step::Sent).unwrap();
+        let window = Window { snd_wl1: 1010, snd_wnd: 65535, max_window: 65535, rcv_wnd: 512, rcv_wup: 1010 };
+        assert_eq!(make[place - 2..place], [Step::Window(window), Step::Repair(Repair::Off)]);
+        let rest = [Step::Repair(Repair::On), Step::Fill(Queue::Send, 10..20), Step::Window(window)];
+        assert_eq!(make[place + 1..], rest);
+        let ack = |seq| Step::FromPeer(Segment { flag: Flag::None, seq, ack: 2000, window: u16::MAX });
+        assert_eq!(release[..2], [Step::Wait(Duration::from_micros(12_300)), ack(1010)]);
+        // The peer's FIN does not acknowledge that byte, and takes a number.
+        let fin = Segment { flag: Flag::Fin, seq: 1009, ack: 1999, window: u16::MAX };
+        assert_eq!(course(State::CloseWait).make.last(), Some(&Step::FromPeer(fin)));
+        assert_eq!(course(State::CloseWait).release[1], ack(1010));
+        assert!(!course(State::Close).make.contains(&Step::Sent));
+        let shut = TcpStreamEntry { snd_wnd: Some(0), ..stream };
+        assert_eq!(Trip::of(State::Established, &shut), None);
+        let far = TcpStreamEntry { rtt: Some(3_000_000), ..stream };
+        assert_eq!(Trip::of(State::Established, &far), Some(Trip::Lasts(Duration::from_secs(1))));
     }
 
     #[test]

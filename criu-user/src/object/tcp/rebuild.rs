@@ -3,8 +3,9 @@
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
+use std::time::Duration;
 
-use criu_common::gate::MARK;
+use criu_common::gate::{MARK, SWALLOWED};
 use nix::errno::Errno;
 
 use super::course::{Segment, Step};
@@ -111,6 +112,8 @@ fn perform_one(made: BorrowedFd<'_>, ends: &Ends, data: &[u8], step: &Step, wire
             tcp::choose_queue(made, Queue::Send)?;
             tcp::append(made, &[0])?;
         }
+        Step::Sent => swallowed(made)?,
+        Step::Wait(time) => wait(made, *time)?,
         Step::Sample(segment, echo) => {
             let ends = ends.swapped();
             // 0 is none that could be newer than the peer's own.
@@ -126,6 +129,27 @@ fn perform_one(made: BorrowedFd<'_>, ends: &Ends, data: &[u8], step: &Step, wire
         Step::ToPeer(segment) => wire.inject(ends, segment, Pass::Plain)?,
     }
     Ok(())
+}
+
+/// Sends a byte that the gate takes for itself. Left to the gate's usual way, it would count as not sent.
+fn swallowed(made: BorrowedFd<'_>) -> SysResult<()> {
+    let mark = |mark| socket::set_number(made, libc::SOL_SOCKET, libc::SO_MARK, mark);
+    let before = socket::number(made, libc::SOL_SOCKET, libc::SO_MARK)?;
+    mark(SWALLOWED as i32)?;
+    tcp::append(made, &[0])?;
+    mark(before)
+}
+
+/// Until nothing was sent for this time.
+fn wait(made: BorrowedFd<'_>, time: Duration) -> SysResult<()> {
+    loop {
+        let since = tcp::info(made)?.since_sent;
+        if since >= time {
+            return Ok(());
+        }
+        // The kernel says so in ticks of its own.
+        std::thread::sleep((time - since).max(Duration::from_millis(1)));
+    }
 }
 
 /// In repair mode this is instant.

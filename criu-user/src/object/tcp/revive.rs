@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use super::course::Step;
 use super::rebuild::{Wire, perform};
 use super::state::Numbers;
-use super::{Course, Ends, State, course, streams};
+use super::{Course, Ends, NetworkLock, State, course, streams};
 use crate::image::proto::{InetSkEntry, TcpStreamEntry};
 use crate::kernel::{fd, socket};
 use crate::object::file::Planner;
@@ -38,7 +38,11 @@ impl Revival {
         let contradiction =
             |what: String| ObjectError::contradiction(format!("the connection of socket {}: {what}", entry.ino));
         let Some(image) = streams::of(entry, cx)? else { return Ok(None) };
-        let (stream, data) = image.ok_or_else(|| contradiction("its image is empty".into()))?;
+        let (mut stream, data) = image.ok_or_else(|| contradiction("its image is empty".into()))?;
+        // The byte of which the acknowledgement is waited for is the gate's to swallow.
+        if stream.timestamp.is_none() && cx.options.network_lock != NetworkLock::Ebpf {
+            stream.rtt = None;
+        }
         let mut ends = Ends::of(entry, scope);
         if ends.remote.port() == 0 {
             ends.remote.set_ip(ends.local.ip());
