@@ -20,7 +20,7 @@ use crate::kernel::survey_cache::{CacheUse, Caching};
 use crate::kernel::surveyor::{Source, SurveyError, Surveyor};
 use crate::kernel::threads::ThreadRecords;
 use crate::lineage::{Lineage, LineageError, Tracking};
-use crate::live::{self, Live};
+use crate::live::{self, Live, Manner};
 use crate::object::cgroup::Manage;
 use crate::object::file::Capture;
 use crate::object::ghost::{self, Links};
@@ -32,6 +32,7 @@ use crate::object::{
     ObjectError, Refusal, apart, cgroup, clocks, fs, locks, memfd, memory, seccomp, seen, shmem, task, tree, waits,
 };
 use crate::observer::{Moment, Objection, Observer, tell};
+
 use crate::track::predict::{self, Measured, Shape};
 use crate::track::refusals;
 
@@ -46,8 +47,8 @@ pub struct DumpOptions {
     pub work_dir: PathBuf,
     /// What becomes of the tree.
     pub release: Release,
-    /// Whether its memory is written after it has run on, from copies; the tree has to run on.
-    pub live: bool,
+    /// How its memory is written so that it stands still only for its small state; the tree has to run on.
+    pub live: Option<Manner>,
     /// How long freezing may take.
     pub timeout: Duration,
     /// Whether the tree may be part of a session that is not dumped.
@@ -163,6 +164,11 @@ pub struct Summary {
     pub bytes_per_second: u64,
     /// Processes whose memory was written from a copy while they ran on (`--live`).
     pub copied: usize,
+    /// Processes to which so little had been written since the parent that they needed no copy (`--live`).
+    pub spared: usize,
+    /// Longest time for which a process was stopped before the freeze, so that its memory could be tracked.
+    #[serde(rename = "stopped_before_us", serialize_with = "micros")]
+    pub stopped_before: Duration,
     /// Processes that could not be copied, and why: they stood still meanwhile.
     pub not_copied: Vec<String>,
 }
@@ -193,20 +199,27 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
         true => Hold::prepare(options).map_err(ObjectError::from)?,
         false => Hold::default(),
     };
-    let live = if options.live { Live::prepare(options.pid) } else { Live::default() };
     let (mut lineage, history) = Lineage::begin(options.pid, &options.tracking, &dir)?;
+    let stopped_before = lineage.stopped;
     let shape = lineage.is_tracked().then(|| Shape::of_tree(options.pid));
     // A copy of the tree does not need it.
-    let parent = options.tracking.prev_images_dir.as_deref().filter(|_| !options.live);
+    let parent = options.tracking.prev_images_dir.as_deref().filter(|_| options.live != Some(Manner::Copies));
     let (history, mut head_start) = HeadStart::take(&dir, parent, observer, &lineage, history)?;
     let tree = proc::tree(options.pid);
+    let live = options.live.map(|manner| {
+        let spared = live::spared(manner, &lineage.tracked, &history);
+        Live::prepare(options.pid, spared)
+    });
     // A copy may need as much again as it writes.
-    let crowded = Crowded::look(&tree, if options.live { 2 } else { 1 });
-    let mut prepared = if options.live || options.release == Release::Kill && history.is_empty() {
+    let is_copied = |pid: &Pid| live.as_ref().is_some_and(|live| !live.spared.contains(pid));
+    let crowded = Crowded::look(&tree, if tree.iter().any(is_copied) { 2 } else { 1 });
+    let in_freeze: Vec<Pid> = tree.iter().copied().filter(|pid| !is_copied(pid)).collect();
+    let mut prepared = if options.release == Release::Kill && history.is_empty() {
         Prepared::default()
     } else {
-        Prepared::make(&dir, &tree, &history, |pid| head_start.expected(pid))
+        Prepared::make(&dir, &in_freeze, &history, |pid| head_start.expected(pid))
     };
+    let live = live.unwrap_or_default();
     seen::make_room(&tree);
     let ahead = match options.survey {
         Source::Proc => Ahead::default(),
@@ -253,6 +266,8 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
         bytes_written,
         bytes_per_second: rate(bytes_written, writing),
         copied: live.copied,
+        spared: live.not_needed,
+        stopped_before,
         not_copied: live.fallbacks,
     };
     if let Err(err) = write_stats(options, &summary) {
@@ -297,22 +312,18 @@ fn release(
     if options.release != Release::Kill {
         inventory.gate = None;
     }
-    let commit = |hold: &Hold| -> Result<(), DumpError> {
+    let complete = |hold: &Hold| -> Result<(), DumpError> {
         let begin = Instant::now();
         hold.write(dir)?;
         dir.commit(&inventory, options.lasting())?;
         info!(took = ?begin.elapsed(), "images are complete");
-        Ok(())
-    };
-    let complete = |hold: &Hold| -> Result<(), DumpError> {
-        commit(hold)?;
         if let Err(objection) = tell(observer, Moment::PostDump, Some(options.pid)) {
             dir.withdraw()?;
             return Err(objection.into());
         }
         Ok(())
     };
-    let first = options.release == Release::Kill || observer.acts_after_dump() && !live.is_pending();
+    let first = options.release == Release::Kill || observer.acts_after_dump() && options.live.is_none();
     if first {
         complete(&hold)?;
     }
@@ -326,7 +337,7 @@ fn release(
         lasted
     } else {
         // The gate opens, and the sockets are as they were.
-        hold.unlock();
+        hold.let_go();
         frozen.release(options.release)
     };
     info!(frozen = ?lasted, "the tree {}", match options.release {
@@ -336,9 +347,9 @@ fn release(
     });
     if live.is_pending() {
         live.finish(dir, observer)?;
+    }
+    if !first {
         complete(&hold)?;
-    } else if !first {
-        commit(&hold)?;
     }
     Ok(lasted)
 }

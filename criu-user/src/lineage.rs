@@ -87,6 +87,7 @@ impl Lineage {
         lineage.client = Some(client);
         lineage.stopped = Duration::from_micros(begun.stopped_us());
         lineage.written_per_second = begun.written_per_second();
+        info!(stopped = ?lineage.stopped, "the session tells what was written");
         let mut written = Vec::new();
         for process in &begun.processes {
             if let Some(why) = &process.untracked {

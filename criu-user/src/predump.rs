@@ -35,6 +35,8 @@ pub struct PreDumpOptions {
     pub work_dir: PathBuf,
     /// What these images build on.
     pub tracking: Tracking,
+    /// How far the images have come when it is done.
+    pub lasting: Lasting,
 }
 
 /// Why a pre-dump failed. The tree runs on, and is tracked as before.
@@ -121,7 +123,7 @@ pub fn pre_dump(options: &PreDumpOptions, observer: &dyn Observer) -> Result<Pre
     }
     let mut inventory = inventory();
     lineage.describe(&mut inventory);
-    dir.commit(&inventory, Lasting::OnDisk)?;
+    dir.commit(&inventory, options.lasting)?;
     let frozen = lineage.stopped;
     lineage.commit()?;
     let total = begin.elapsed();

@@ -1,4 +1,4 @@
-//! Live dumps: the memory of one instant, written while the program runs on and notices nothing.
+//! Live dumps from copies: the memory of one instant, written while the program runs on and notices nothing.
 
 use std::{
     collections::BTreeSet,
@@ -18,7 +18,7 @@ use crate::killed::{Moments, Span, kills, wait_unharmed};
 
 /// What is said to the engine.
 fn options() -> Options {
-    Options { dump: words(&["-R", "--live", "--json", "--file-locks"]), ..Options::both(&["--file-locks"]) }
+    Options { dump: words(&["-R", "--live=copies", "--json", "--file-locks"]), ..Options::both(&["--file-locks"]) }
 }
 
 fn words(words: &[&str]) -> Vec<OsString> {
@@ -190,6 +190,19 @@ rows! {
     /// Pipes, locks and ports are free at once; no child, no signal; again and again.
     unnoticed => |row| {
         let row = row.with(options());
+        let mut program = live("unnoticed").with(Claim::Ports).start();
+        for _ in 0..4 {
+            let (_, summary) = dump(&row, &program);
+            assert_eq!(summary["copied"], 1);
+        }
+        program.finish();
+    };
+
+    /// The same where sockets are looked at more closely.
+    unnoticed_with_connections => |row| {
+        let mut options = options();
+        options.dump.push("--tcp-established".into());
+        let row = row.with(options);
         let mut program = live("unnoticed").with(Claim::Ports).start();
         for _ in 0..4 {
             let (_, summary) = dump(&row, &program);

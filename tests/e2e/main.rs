@@ -13,6 +13,7 @@ mod hugetlb;
 mod inet;
 mod killed;
 mod live;
+mod live_rounds;
 mod memory;
 mod metrics;
 mod net;

@@ -15,9 +15,9 @@ use crate::killed::Moments;
 use crate::live::reap_copies;
 use crate::track::{cycles, in_parent, on, pre_dumps, remove_images, writes};
 
-fn live(parent: Option<&Path>) -> Options {
+fn live(manner: &str, parent: Option<&Path>) -> Options {
     let mut options = parent.map_or_else(Options::default, on);
-    options.dump.extend(["--live".into(), "-R".into()]);
+    options.dump.extend([format!("--live={manner}").into(), "-R".into()]);
     options
 }
 
@@ -40,12 +40,12 @@ fn replace(row: &Row, program: &Program, images: &Path, before: &Bytes) {
 }
 
 /// Live, restore, compare every byte.
-fn exact(row: &Row, case: &str) {
+fn exact(row: &Row, manner: &str, case: &str) {
     let mut program = writes(case).start();
     let mut moments = Moments::new();
     for _ in 0..cycles() {
         std::thread::sleep(moments.within(Duration::from_millis(100)));
-        let (images, before) = dump(row, &program, &live(None));
+        let (images, before) = dump(row, &program, &live(manner, None));
         replace(row, &program, &images, &before);
         remove_images(&program);
     }
@@ -53,21 +53,21 @@ fn exact(row: &Row, case: &str) {
 }
 
 /// Pre-dumps, live dumps that build on them and on each other, and at last a dump as any other.
-fn chain(row: &Row, case: &str) {
+fn chain(row: &Row, manner: &str, case: &str) {
     let mut program = writes(case).start();
     let mut moments = Moments::new();
     for _ in 0..cycles() {
         let parent = pre_dumps(row, &program, 2, &mut moments);
-        let (first, _) = dump(row, &program, &live(Some(&parent)));
+        let (first, _) = dump(row, &program, &live(manner, Some(&parent)));
         assert!(in_parent(&first) > 0, "nothing was left to the parent");
         signal(&program, Signal::SIGCONT);
         std::thread::sleep(moments.within(Duration::from_millis(100)));
-        let (second, before) = dump(row, &program, &live(Some(&first)));
+        let (second, before) = dump(row, &program, &live(manner, Some(&first)));
         assert!(in_parent(&second) > 0, "nothing was left to the live dump");
         replace(row, &program, &second, &before);
         // The same, but the last of them is no live one.
         let parent = pre_dumps(row, &program, 1, &mut moments);
-        let (first, _) = dump(row, &program, &live(Some(&parent)));
+        let (first, _) = dump(row, &program, &live(manner, Some(&parent)));
         signal(&program, Signal::SIGCONT);
         std::thread::sleep(moments.within(Duration::from_millis(100)));
         let before = Bytes::stop_and_take(&program);
@@ -84,10 +84,20 @@ fn chain(row: &Row, case: &str) {
     program.finish();
 }
 
-rows! {
-    everything => |row| exact(row, "everything");
-    chain_of_everything => |row| chain(row, "everything");
-    chain_of_huge_pages => |row| chain(row, "huge_pages");
-    chain_of_a_family => |row| chain(row, "family");
-    chain_of_file_private => |row| chain(row, "file_private");
+/// Both ways to write the memory of a live dump.
+macro_rules! manners {
+    ($($manner:ident)*) => {$(
+        mod $manner {
+            use super::*;
+            rows! {
+                everything => |row| exact(row, stringify!($manner), "everything");
+                chain_of_everything => |row| chain(row, stringify!($manner), "everything");
+                chain_of_huge_pages => |row| chain(row, stringify!($manner), "huge_pages");
+                chain_of_a_family => |row| chain(row, stringify!($manner), "family");
+                chain_of_file_private => |row| chain(row, stringify!($manner), "file_private");
+            }
+        }
+    )*};
 }
+
+manners! { copies rounds }

@@ -316,6 +316,16 @@ static void steady(void)
 	run_writers(&range, 1);
 }
 
+/* Much memory, and a userfaultfd of its own. */
+static void own_userfaultfd(void)
+{
+	struct range fill = map("fill", 384 * MIB, MAP_PRIVATE, MADV_NOHUGEPAGE);
+	CHECK(syscall(SYS_userfaultfd, O_CLOEXEC) >= 0, "userfaultfd: %m");
+	one_round(&fill);
+	checkpoint();
+	one_round(&fill);
+}
+
 /* It would be killed for making a process. */
 static void without_clone(void)
 {
@@ -332,5 +342,6 @@ static void without_clone(void)
 
 static const struct test_case cases[] = { CASE(writers), CASE(one_instant), CASE(tree),	    CASE(unnoticed),
 					  CASE(subreaper), CASE(large),
-					  CASE(large_written), CASE(steady),	    CASE(without_clone) };
+					  CASE(large_written), CASE(steady),	    CASE(without_clone),
+					  CASE(own_userfaultfd) };
 RUN_CASES(cases)

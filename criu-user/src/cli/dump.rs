@@ -19,11 +19,13 @@ use super::{Outcome, log, say};
 use crate::dump::{self, DumpOptions, Summary};
 use crate::freeze::Release;
 use crate::head_start;
-use crate::image::{self, ImageDir};
+use crate::image::{self, ImageDir, Lasting};
 use crate::kernel::survey::PAGE;
 use crate::kernel::survey_cache::Caching;
 use crate::kernel::surveyor::Source;
 use crate::lineage::Tracking;
+use crate::live::Manner;
+use crate::live::round::Round;
 use crate::object::cgroup::Manage;
 use crate::object::outside::{External, Inherit};
 use crate::object::tcp::NetworkLock;
@@ -41,9 +43,11 @@ pub(super) struct DumpArgs {
     /// Let the tree run on after the dump
     #[arg(short = 'R', long)]
     leave_running: bool,
-    /// Freeze the tree only for its small state: its memory, as it is then, is written from copies while it runs on
-    #[arg(long, requires = "leave_running")]
-    live: bool,
+    /// Freeze the tree only for its small state: its memory, as it is then, is written from copies while it runs on, or in
+    /// rounds (into pre-dumps/ below --images-dir) of which the last is in the freeze
+    #[arg(long, value_name = "MANNER", value_enum, num_args = 0..=1, require_equals = true,
+          default_missing_value = "auto", requires = "leave_running")]
+    live: Option<Manner>,
     /// Leave the tree stopped (SIGSTOP) after the dump
     #[arg(short = 's', long, conflicts_with = "leave_running")]
     leave_stopped: bool,
@@ -149,8 +153,13 @@ impl MomentArgs {
         let mut tracking = options.tracking.clone();
         // `base` is one directory deeper than the images, from which the user's path starts.
         tracking.prev_images_dir = tracking.prev_images_dir.map(|parent| Path::new("..").join(parent));
-        let pre_dumps =
-            PreDumpOptions { pid: options.pid, work_dir: options.work_dir.clone(), images_dir: base, tracking };
+        let pre_dumps = PreDumpOptions {
+            pid: options.pid,
+            work_dir: options.work_dir.clone(),
+            images_dir: base,
+            tracking,
+            lasting: Lasting::OnDisk,
+        };
         let rounds = rounds::pre_dumps(&pre_dumps, Until::Freeze(limit), watcher, &|_| {})?;
         if let Some(number) = rounds.last.as_deref().and_then(Path::file_name) {
             options.tracking.prev_images_dir = Some(Path::new("pre-dumps").join(number));
@@ -273,9 +282,14 @@ pub(super) fn run(args: DumpArgs) -> Outcome {
         sync: args.sync,
     };
     args.moment.await_it(&mut options, &watcher).inspect_err(|_| watcher.give_up())?;
+    let mut round = Round::make(&mut options, &watcher).inspect_err(|_| watcher.give_up())?;
     let result = dump::dump(&options, &watcher);
     told.run(Some(options.pid), &outcome::of_dump(&result));
-    let summary = result.inspect_err(|_| watcher.give_up())?;
+    let mut summary = result.inspect_err(|_| watcher.give_up())?;
+    if let Some(round) = &mut round {
+        round.keep();
+        summary.stopped_before = summary.stopped_before.max(round.stopped);
+    }
     watcher.finish();
     if options.tracking.auto_dedup {
         if summary.pages_ahead > 0 {
@@ -325,6 +339,7 @@ pub(super) fn pre_dump(args: PreDumpArgs) -> Outcome {
         work_dir: args.common.work_dir(),
         images_dir: args.common.images_dir.clone(),
         tracking: args.tracking.wanted(true),
+        lasting: Lasting::OnDisk,
     };
     args.moment.await_quiet(options.pid)?;
     let tell = |result: &Result<PreDumpSummary, PreDumpError>| {

@@ -79,9 +79,17 @@ impl Client {
         self.done(Ask::Commit(id.to_vec()))
     }
 
-    /// Ends the session.
-    pub fn stop(&mut self) -> Result<(), TrackError> {
-        self.done(Ask::Stop(Empty {}))
+    /// Ends the session, and waits until nothing of it is left.
+    pub fn stop(mut self) -> Result<(), TrackError> {
+        self.done(Ask::Stop(Empty {}))?;
+        self.wait_for_its_end();
+        Ok(())
+    }
+
+    /// Waits for the end of a session that has been told to end, or is about to.
+    pub fn wait_for_its_end(mut self) {
+        // Its connections end with it.
+        while let Ok(Some(_)) = self.next_report() {}
     }
 
     /// Tells what a dump, pre-dump or restore came to. There is no answer to wait for: it is for the metrics only.

@@ -102,6 +102,8 @@ impl Memory {
                     self.untracked = Some(why);
                     return Ok(look);
                 }
+                // A walk over many pages is not what it stands still for.
+                self.find_untracked(shown.by, &mut map)?;
                 let begin = Instant::now();
                 match install(self.pid) {
                     Ok(Some((watch, frozen))) => {
@@ -119,8 +121,10 @@ impl Memory {
                     }
                 }
                 map = PageMap::open(shown.by)?;
+            } else {
+                self.find_untracked(shown.by, &mut map)?;
             }
-            if self.find_untracked(shown.by, &mut map)?.is_empty() {
+            if self.regions.is_empty() {
                 look.let_go(still);
                 break;
             }
@@ -136,7 +140,7 @@ impl Memory {
                     }
                 }
             }
-            let is_there = self.register_new(shown.by, &mut map, &mut latest);
+            let is_there = self.register_new(shown.by, &mut latest);
             look.let_go(still);
             if is_there? {
                 break;
@@ -182,21 +186,24 @@ impl Memory {
         None
     }
 
-    /// Finds pages that are not tracked, into `regions`; gives the areas, if there are such pages.
-    fn find_untracked(&mut self, by: Pid, map: &mut PageMap) -> Result<Vec<Vma>, TrackError> {
+    /// Finds pages that are not tracked, into `regions`.
+    fn find_untracked(&mut self, by: Pid, map: &mut PageMap) -> Result<(), TrackError> {
         let areas = survey::layout_of(by)?;
         self.areas = areas.len() as u64;
         self.regions.clear();
         for (start, end) in stretches(&areas) {
             map.scan(start, end, UNTRACKED, &mut self.regions)?;
         }
-        Ok(if self.regions.is_empty() { Vec::new() } else { areas })
+        Ok(())
     }
 
-    /// Registers areas with pages that are not tracked, and counts these as written. Tells whether the watch still has
-    /// a memory to watch. The process must stand still.
-    fn register_new(&mut self, by: Pid, map: &mut PageMap, latest: &mut PageSet) -> Result<bool, TrackError> {
-        let areas = self.find_untracked(by, map)?;
+    /// Registers areas with pages that were found not to be tracked, and counts these as written. Tells whether the watch
+    /// still has a memory to watch. The process must stand still.
+    ///
+    /// It ran when they were found. A page that it has written since is in no set yet, but is not protected either: the walk
+    /// that protects it tells of it. An area that has come into being since has to wait for the next look.
+    fn register_new(&mut self, by: Pid, latest: &mut PageSet) -> Result<bool, TrackError> {
+        let areas = survey::layout_of(by)?;
         let Some(watch) = &self.watch else { return Ok(false) };
         let mut regions = self.regions.iter().peekable();
         for area in areas.iter().filter(|area| is_tracked(area)) {

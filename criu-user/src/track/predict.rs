@@ -96,6 +96,11 @@ impl Costs {
         }
         Self(costs)
     }
+
+    /// Microseconds that so many pages take to be written.
+    pub fn of_writing(&self, pages: u64) -> f64 {
+        self.0[WRITTEN] * pages as f64
+    }
 }
 
 /// What each thing costs on this machine, by the dumps that were made.

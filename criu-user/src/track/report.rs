@@ -47,6 +47,8 @@ pub struct Report {
     pub sockets: SocketsReport,
     /// Whether there is an image that the next can build on.
     pub has_image: bool,
+    /// The process with which the session ends, if it was begun for that alone: a live dump.
+    pub ends_with: Option<i32>,
     /// How long a dump now would hold the tree, in microseconds.
     pub predicted_freeze_us: u64,
     /// What would refuse a dump now, or asks for an option of it.

@@ -63,6 +63,8 @@ pub struct SessionOptions {
     pub ebpf: bool,
     /// What SIGINT and SIGTERM do.
     pub signals: Signals,
+    /// The process with which it ends.
+    pub ends_with: Option<i32>,
     /// Where metrics go.
     pub metrics: MetricsOptions,
 }
@@ -104,6 +106,8 @@ struct Shared {
     /// Held by whoever makes an image.
     hold: Arc<Mutex<()>>,
     reports: watch::Sender<Report>,
+    /// The process with which all ends.
+    ends_with: Option<i32>,
     stop: Notify,
     measures: Rc<RefCell<Measures>>,
     witness: RefCell<Witness>,
@@ -148,7 +152,8 @@ impl Session {
             tree: RefCell::new(tree),
             since: RefCell::default(),
             hold: Arc::default(),
-            reports: watch::channel(Report::default()).0,
+            reports: watch::channel(Report { ends_with: options.ends_with, ..Report::default() }).0,
+            ends_with: options.ends_with,
             stop: Notify::new(),
             measures: Rc::default(),
             witness: RefCell::new(witness),
@@ -355,6 +360,7 @@ impl Shared {
         let lost_before = self.reports.borrow().lost.lifecycle;
         let mut report = self.recorder.borrow_mut().report(&self.tree.borrow(), &found, &mut witness, begin, took);
         report.has_image = !self.since.borrow().is_empty();
+        report.ends_with = self.ends_with;
         report.predicted_freeze_us = self.predict(&self.tree.borrow(), &report).as_micros() as u64;
         self.last_look.set(Some(begin));
         if report.lost.lifecycle != lost_before {

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use clap::Args;
 use indicatif::HumanBytes;
+use nix::errno::Errno;
 use nix::unistd::{Pid, setsid};
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
@@ -20,6 +21,7 @@ use tokio::sync::watch;
 use super::metrics::TrackMetrics;
 use super::{Outcome, say};
 use crate::kernel::fd;
+use crate::kernel::pidfd::PidFd;
 use crate::track::TrackError;
 use crate::track::client::{self, Client};
 use crate::track::report::Report;
@@ -68,6 +70,9 @@ pub(super) struct TrackArgs {
     /// Be the session in the background
     #[arg(long, hide = true)]
     serve: bool,
+    /// End with this process
+    #[arg(long, hide = true, value_name = "PID", requires = "serve")]
+    with: Option<i32>,
     /// Wait for a byte at this descriptor, then become the command
     #[arg(long, hide = true, value_name = "FD", requires = "command")]
     exec_after: Option<i32>,
@@ -106,8 +111,13 @@ pub(super) fn run(args: TrackArgs) -> Outcome {
     let end = runtime(root)?.block_on(async {
         let session = Session::begin(args.options(root)?)?;
         if args.serve {
-            go_to_the_background().map_err(|source| socket_failed(root, source))?;
-            return session.run(std::future::pending()).await;
+            let failed = |source| socket_failed(root, source);
+            let other = args.with.map(|pid| ended(Pid::from_raw(pid))).transpose().map_err(failed)?;
+            go_to_the_background().map_err(failed)?;
+            return match other {
+                Some(other) => session.run(other).await,
+                None => session.run(std::future::pending()).await,
+            };
         }
         let reports = session.reports();
         session.run(show(reports, root, &args)).await
@@ -116,6 +126,20 @@ pub(super) fn run(args: TrackArgs) -> Outcome {
         say(format_args!("the tree of process {root} has ended"));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Waits for the end of a process; that has come already for one that is not there.
+fn ended(pid: Pid) -> std::io::Result<impl Future<Output = ()>> {
+    let pidfd = match PidFd::open(pid) {
+        Ok(pidfd) => Some(pidfd.into_async()?),
+        Err(err) if err.errno == Errno::ESRCH => None,
+        Err(err) => return Err(err.errno.into()),
+    };
+    Ok(async move {
+        if let Some(pidfd) = pidfd {
+            let _ = pidfd.readable().await;
+        }
+    })
 }
 
 /// Starts sessions in the background, where there are none yet.
@@ -140,6 +164,7 @@ impl TrackArgs {
             interval: Duration::from_millis(self.interval),
             ebpf: !self.no_ebpf,
             signals: if self.command.is_empty() { Signals::End } else { Signals::Elsewhere },
+            ends_with: self.with,
             metrics: self.metrics.options().map_err(|source| socket_failed(root, source))?,
         })
     }
@@ -259,9 +284,6 @@ fn list(json: bool) -> Outcome {
 }
 
 fn stop(root: Pid) -> Outcome {
-    let mut client = Client::connect(root)?.ok_or(TrackError::NoSession { pid: root.as_raw() })?;
-    client.stop()?;
-    // Its connections end with it.
-    while let Ok(Some(_)) = client.next_report() {}
+    Client::connect(root)?.ok_or(TrackError::NoSession { pid: root.as_raw() })?.stop()?;
     Ok(ExitCode::SUCCESS)
 }

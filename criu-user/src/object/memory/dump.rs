@@ -167,7 +167,7 @@ impl Work<'_, '_, '_> {
 }
 
 /// Whether an area has pages that are its own and are to be written.
-pub(super) fn has_own_pages(vma: &Vma) -> bool {
+pub fn has_own_pages(vma: &Vma) -> bool {
     is_private(vma) && !vma.flags.intersects(VmFlags::PFNMAP | VmFlags::IO) && vma.special() != Some("[vdso]")
 }
 

@@ -49,6 +49,11 @@ impl History {
         self.clean.is_empty()
     }
 
+    /// Whether anything is known of a process.
+    pub fn has(&self, pid: Pid) -> bool {
+        self.clean.contains_key(&pid.as_raw())
+    }
+
     /// How many pages of a process need not be written, as far as is known before it stands still.
     pub fn pages_of(&self, pid: Pid) -> u64 {
         self.clean.get(&pid.as_raw()).map_or(0, |ranges| ranges.iter().map(|(start, end)| (end - start) / PAGE).sum())

@@ -20,7 +20,7 @@ mod vdso;
 pub use area::{areas, has_private_huge_pages, is_private};
 pub use copy::Snapshot;
 pub use crowded::Crowded;
-pub use dump::{Pages, dump_private, estimate, own_pages};
+pub use dump::{Pages, dump_private, estimate, has_own_pages, own_pages};
 pub use facts::plan_facts;
 pub use fill::OpenImage;
 pub use history::{Clean, History, Past, Place};

@@ -85,6 +85,11 @@ impl Clients {
         self.servers.push(Server { id: seen.id, ino: entry.ino.into(), pid, fd: seen.fd, file });
     }
 
+    /// Closes what we hold of the servers.
+    pub fn let_go(&mut self) {
+        self.servers.clear();
+    }
+
     /// Whether there is nothing to carry over.
     pub fn is_empty(&self) -> bool {
         self.found.is_empty()

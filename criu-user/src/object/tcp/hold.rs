@@ -64,8 +64,8 @@ pub struct Hold {
     sockets: Vec<Socket>,
     /// Ends that nobody may ask for a connection with.
     listeners: Vec<gate::Connection>,
-    /// What was read of each, in the same order.
-    read: Vec<Connection>,
+    /// What was read of each, by its inode.
+    read: Vec<(u32, Connection)>,
     /// Those that nobody has accepted.
     pub(super) clients: Clients,
 }
@@ -130,7 +130,7 @@ impl Hold {
                 .map_err(|why| ObjectError::Connection { pid: socket.pid, fd: socket.fd, ends: socket.ends, why })?;
             debug!(pid = socket.pid, fd = socket.fd, ends = %socket.ends, state = ?connection.state, "connection read");
             states.insert(socket.id, connection.state);
-            self.read.push(connection);
+            self.read.push((socket.ino, connection));
         }
         cx.amend(|entry| {
             if let (Some(&state), Some(isk)) = (states.get(&entry.id), &mut entry.isk) {
@@ -144,16 +144,19 @@ impl Hold {
 
     /// Writes the images. A tree that runs on need not wait for that.
     pub fn write(&self, dir: &ImageDir) -> Result<(), ObjectError> {
-        for (socket, connection) in self.sockets.iter().zip(&self.read) {
-            let mut image = dir.writer(ImageKind::TcpStream.id(socket.ino.into()))?;
+        for (ino, connection) in &self.read {
+            let mut image = dir.writer(ImageKind::TcpStream.id((*ino).into()))?;
             image.message_with_payload(&connection.stream, &connection.data)?;
             image.finish()?;
         }
         self.clients.write(dir)
     }
 
-    /// Lets packets pass again: the tree runs on, and the sockets are as they were.
-    pub fn unlock(&self) {
+    /// Lets packets pass again: the tree is about to run on, and the sockets are as they were. Ours of them are closed, so
+    /// that one which the tree closes is closed.
+    pub fn let_go(&mut self) {
+        self.sockets.clear();
+        self.clients.let_go();
         if let Some(Err(err)) = self.gate.as_ref().map(Gate::unlock) {
             tracing::warn!(%err, "connections are held until this engine ends");
         }

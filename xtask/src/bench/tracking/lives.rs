@@ -47,8 +47,8 @@ pub fn all(pair: &Pair, rounds: usize) -> Result<Vec<Line>> {
     Ok(lines)
 }
 
-/// How long the program saw itself stand still about the time of the freeze, and at any time of the dump: while two
-/// gigabytes are brought to disk, any program has to wait now and then.
+/// How long the program saw itself stand still about the time of the freeze, or before, until its memory was tracked; and at
+/// any time of the dump: while two gigabytes are brought to disk, any program has to wait now and then.
 fn frozen(pair: &Pair, kind: &str) -> Result<(Duration, Duration)> {
     /// From the engine's start to the first line of its log, and what a gap may reach beyond the freeze.
     const LEEWAY: Duration = Duration::from_millis(20);
@@ -60,7 +60,11 @@ fn frozen(pair: &Pair, kind: &str) -> Result<(Duration, Duration)> {
         program.next();
         let log = fs::read_to_string(images.join("dump.log"))?;
         let (from, to) = (logged(&log, "the tree stands still")?, logged(&log, "the tree runs on")?);
-        let frozen = sample::gap_within(&program, begin + from, begin + to + LEEWAY)?;
+        let mut frozen = sample::gap_within(&program, begin + from, begin + to + LEEWAY)?;
+        // It was stopped for a moment as well, if it is not written from a copy.
+        if let Ok(tracked) = logged(&log, "the session tells what was written") {
+            frozen = frozen.max(sample::gap_within(&program, begin, begin + tracked + LEEWAY).unwrap_or_default());
+        }
         let longest = sample::gap(&program)?;
         program.finish();
         Ok((frozen, longest))

@@ -1,8 +1,13 @@
-//! A live dump: in the freeze each process is copied, and the copies' memory is written while the program runs on.
+//! A live dump: in the freeze each process is copied, and the copies' memory is written while the program runs on. Where
+//! nearly all of its memory is in parent images already, the rest is written in the freeze instead.
 //!
 //! Where a copy cannot be had, or might cost the program its life, the process is written in the freeze as in any other dump,
 //! and a warning says why. See docs/live.md.
 
+pub mod round;
+mod sparing;
+
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
@@ -20,10 +25,28 @@ use crate::object::file::Capture;
 use crate::object::memory::{self, Pages, Snapshot};
 use crate::observer::Observer;
 
+pub use sparing::spared;
+
+/// How the memory of a tree comes into the images of a live dump.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum Manner {
+    /// Much memory in rounds, little from copies
+    #[default]
+    Auto,
+    /// From copies of the processes, made in the freeze and written afterwards
+    Copies,
+    /// In rounds: all of it while the tree runs, and in the freeze what was written meanwhile
+    Rounds,
+}
+
 /// How the memory of a tree is written.
 #[derive(Debug, Default)]
 pub struct Live {
     wanted: bool,
+    /// Processes that need no copy, as far as is known before the freeze.
+    pub spared: HashSet<Pid>,
+    /// How many processes needed none.
+    pub not_needed: usize,
     /// Copies whose memory is still to be written.
     copies: Vec<Pending>,
     /// How many processes were copied.
@@ -58,9 +81,14 @@ struct Pending {
 }
 
 impl Live {
-    /// Looks whether the machine and the groups of a tree can bear the copies, before it is frozen.
-    pub fn prepare(root: Pid) -> Self {
-        let mut live = Self { wanted: true, ..Self::default() };
+    /// Looks whether the machine and the groups of a tree can bear the copies of all processes but the spared ones, before
+    /// it is frozen.
+    pub fn prepare(root: Pid, spared: HashSet<Pid>) -> Self {
+        let copied: Vec<Pid> = tree(root).into_iter().filter(|pid| !spared.contains(pid)).collect();
+        let mut live = Self { wanted: true, spared, ..Self::default() };
+        if copied.is_empty() {
+            return live;
+        }
         // Its parent adopts all orphans, and cannot be told not to.
         if root.as_raw() == 1 {
             live.fall_back(
@@ -70,7 +98,7 @@ impl Live {
             live.wanted = false;
             return live;
         }
-        let needed: u64 = tree(root).into_iter().map(memory::estimate).sum();
+        let needed: u64 = copied.into_iter().map(memory::estimate).sum();
         match headroom::of(root) {
             Ok(room) if room.bytes < needed => {
                 let why = format!(
@@ -107,7 +135,12 @@ impl Live {
         aside: &Aside<'_>,
     ) -> Result<Option<MmEntry>, ObjectError> {
         let Original { process, vmas, pages_id, orphans } = original;
-        if !cx.shelf.get::<Self>().wanted {
+        // What was known of a process may be worth nothing in the freeze.
+        let known = cx.past.history.has(process.pid);
+        let live = cx.shelf.get::<Self>();
+        let needs_none = known && live.spared.contains(&process.pid);
+        live.not_needed += usize::from(live.wanted && needs_none);
+        if !live.wanted || needs_none {
             return Ok(Some(mm));
         }
         let filters = process.threads.first().and_then(|thread| thread.filters.as_deref());
