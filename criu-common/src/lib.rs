@@ -3,6 +3,7 @@
 
 pub mod gate;
 pub mod kfuncs;
+pub mod numbers;
 pub mod offsets;
 pub mod pending;
 pub mod pieces;

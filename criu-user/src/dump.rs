@@ -195,7 +195,7 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
     }
     tell(observer, Moment::PreDump, Some(options.pid))?;
     let mut surveyor = Surveyor::choose(options.survey, options.pid, options.caching)?;
-    let hold = match options.tcp_established || options.lock_listeners {
+    let mut hold = match options.tcp_established || options.lock_listeners {
         true => Hold::prepare(options).map_err(ObjectError::from)?,
         false => Hold::default(),
     };
@@ -225,6 +225,9 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
         Source::Proc => Ahead::default(),
         _ => Ahead::ask(&tree, options.caching),
     };
+    if ahead.has_some() {
+        hold.expect_many(options.caching);
+    }
     surveyor.read_ahead(options.pid);
     prepared.give_back();
     let frozen = freeze::freeze(options.pid, options.timeout, options.freeze_cgroup.as_deref())?;

@@ -251,8 +251,9 @@ fn nothing_left() {
     let output = with_empty_run("\"$1\" check --quiet; ls -A /run /run/criu-ebpf", &[]);
     let text = said(&output);
     let kept = |line: &&str| line.starts_with("btf-") || line.starts_with("check-");
-    // What the survey and the programs about clients and connections need to know of the kernel's types, and the answers.
-    assert_eq!(text.lines().filter(kept).count(), 4, "{text}");
+    // What the survey, the programs about clients and both about connections need to know of the kernel's types, and the
+    // answers.
+    assert_eq!(text.lines().filter(kept).count(), 5, "{text}");
     assert!(
         text.lines().filter(|line| !line.contains("/run") && !line.is_empty()).all(|l| kept(&l) || l == "criu-ebpf"),
         "{text}"

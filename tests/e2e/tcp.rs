@@ -339,15 +339,25 @@ mod remote {
         Pair::across(network, ["tcp.py", case], family, rounds, [&[], &[]])
     }
 
-    fn stream(number: u8, family: &str) {
+    fn moved(number: u8, case: &str, family: &str) {
         let network = Network::new(number);
         let row = kept(&Row::ours(e2e::Survey::Proc));
-        let mut pair = pair(&network, "stream", family, cycles());
+        let mut pair = pair(&network, case, family, cycles());
         for _ in 0..cycles() {
             move_once(&row, &pair.program);
             pair.program.next();
         }
         pair.finish();
+    }
+
+    #[test]
+    fn mptcp_client_v4() {
+        moved(8, "mptcp_client", "v4");
+    }
+
+    #[test]
+    fn mptcp_client_v6() {
+        moved(9, "mptcp_client", "v6");
     }
 
     /// The gate stands at an interface as well that comes up while the engine is at work.
@@ -402,17 +412,17 @@ mod remote {
 
     #[test]
     fn stream_v4() {
-        stream(1, "v4");
+        moved(1, "stream", "v4");
     }
 
     #[test]
     fn stream_v6() {
-        stream(2, "v6");
+        moved(2, "stream", "v6");
     }
 
     #[test]
     fn stream_mapped() {
-        stream(3, "mapped");
+        moved(3, "stream", "mapped");
     }
 
     #[test]

@@ -157,9 +157,21 @@ def mptcp_client():
     client = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
     client.connect(sock.getsockname())
     session, _ = sock.accept()
+    client.send(b"to the server")
+    session.send(b"to the client")
+    # Nobody has read that yet, and both kernels have said that it is there.
+    for end in (client, session):
+        wait_for(lambda end=end: len(end.recv(100, socket.MSG_PEEK)) == 13, "what was sent")
     yield
-    client.send(b"x")
-    equal(session.recv(10), b"x", "the connection")
+    equal(client.recv(100), b"to the client", "what waited for the client")
+    equal(session.recv(100), b"to the server", "what waited for the server")
+    for n in range(3):
+        client.send(b"x%d" % n)
+        equal(session.recv(10), b"x%d" % n, "the connection")
+        session.send(b"y%d" % n)
+        equal(client.recv(10), b"y%d" % n, "the answer")
+    session.close()
+    equal(client.recv(10), b"", "the end")
 
 
 @case

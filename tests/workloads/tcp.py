@@ -164,6 +164,50 @@ def under_way_peer():
 
 
 @case
+def mptcp_client():
+    """A client of MPTCP, whose server knows TCP only; something waits for it."""
+    control = yield from serve()
+    (port,) = struct.unpack("!H", exactly(control, 2))
+    sock = socket.socket(control.family, socket.SOCK_STREAM, 262)
+    sock.connect((control.getpeername()[0], port))
+    waiting = b"waits"
+    for n in range(ROUNDS):
+        wait_for(lambda: sock.recv(100, socket.MSG_PEEK) == waiting, "what the peer says")
+        yield
+        equal(exactly(sock, len(waiting)), waiting, "what has waited")
+        sock.sendall(b"round %03d" % n)
+        waiting = b"again %03d" % n
+    yield
+    sock.shutdown(socket.SHUT_WR)
+    equal(everything(sock), waiting, "what the peer says in the end")
+
+
+@case
+def mptcp_client_peer():
+    control = call()
+    server = socket.socket(control.family)
+    server.bind((control.getsockname()[0], 0))
+    server.listen(1)
+    said = []
+
+    def converse():
+        sock, _ = server.accept()
+        sock.sendall(b"waits")
+        for n in range(ROUNDS):
+            said.append(exactly(sock, 9))
+            sock.sendall(b"again %03d" % n)
+        said.append(everything(sock))
+        sock.close()
+
+    thread = threading.Thread(target=converse)
+    thread.start()
+    control.sendall(struct.pack("!H", server.getsockname()[1]))
+    yield
+    thread.join(30)
+    equal(said, [b"round %03d" % n for n in range(ROUNDS)] + [b""], "what the program has said")
+
+
+@case
 def endless():
     """The same for as long as the test likes: says in a file how far the stream is."""
     sock = yield from serve()

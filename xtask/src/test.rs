@@ -15,7 +15,7 @@ pub fn run(args: &[String]) -> Result<()> {
     crate::peer::ensure_peer()?;
     run_command(cargo().arg("test"))?;
     // Those that are left out where there is no root, or no eBPF.
-    for test in ["ebpf_survey", "ebpf_watch", "ebpf_pending", "ebpf_touched"] {
+    for test in ["ebpf_survey", "ebpf_watch", "ebpf_pending", "ebpf_touched", "ebpf_numbers"] {
         run_command(cargo().args(["test", "--package", "criu-user", "--test", test, "--", "--ignored"]))?;
     }
     // Two at a time: they measure times and fill memory. Last, so that the runner's summary ends the output; `--tests`

@@ -78,6 +78,8 @@ pub mod options {
     pub const SACK: u8 = 2;
     /// Windows are scaled.
     pub const WSCALE: u8 = 4;
+    /// Timestamps count microseconds.
+    pub const MICROSECONDS: u8 = 64;
     /// The peer's SYN carried data that was taken.
     pub const SYN_DATA: u8 = 32;
 }
@@ -247,11 +249,16 @@ pub fn set_timestamp(fd: impl AsFd, stamp: u32) -> SysResult<()> {
 /// expected shows whether there were more.
 pub fn peek(fd: impl AsFd, queue: Queue, room: &mut [u8]) -> SysResult<usize> {
     choose_queue(&fd, queue)?;
+    look(fd, room)
+}
+
+/// Copies what waits to be read into `room`, and says how much that was.
+pub fn look(fd: impl AsFd, room: &mut [u8]) -> SysResult<usize> {
     let raw = fd.as_fd().as_raw_fd();
     match recv(raw, room, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) {
         // An empty queue.
         Err(Errno::EAGAIN) => Ok(0),
-        other => other.map_err(|e| SysError::new("recv(MSG_PEEK)", format!("fd {raw}, {queue:?} queue"), e)),
+        other => other.map_err(|e| SysError::new("recv(MSG_PEEK)", format!("fd {raw}"), e)),
     }
 }
 

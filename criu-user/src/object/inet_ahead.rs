@@ -80,6 +80,11 @@ impl Ahead {
         Ok(Some(Self { caching, known, watchful: Some(watchful), ..Self::default() }))
     }
 
+    /// Whether any were asked.
+    pub fn has_some(&self) -> bool {
+        !self.known.is_empty()
+    }
+
     /// What a socket tells that stands still.
     pub fn facts(&self, seen: &Seen) -> Result<Facts, ObjectError> {
         let inode = seen.stat.st_ino;

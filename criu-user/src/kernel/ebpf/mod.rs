@@ -9,6 +9,7 @@ pub mod error;
 pub mod gate;
 pub mod links;
 pub mod maps;
+pub mod numbers;
 pub mod object;
 pub mod pending;
 pub mod pieces;

@@ -8,14 +8,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 
-use super::{Ends, Hold, clients, options};
+use super::{Ends, Hold, clients, fallback, options};
 use crate::image::proto::{InetSkEntry, TcpOptsEntry};
 use crate::kernel::inet_diag::{self, Asker, TcpSocket};
 use crate::kernel::tcp::{self, Info};
 use crate::kernel::{fd, socket};
 use crate::object::ObjectError;
 use crate::object::file::{Capture, Seen};
-use crate::object::inet::{IPPROTO_MPTCP, is_connection, split_end};
+use crate::object::inet::{is_connection, split_end};
 use crate::object::sockopt::state;
 
 /// TCP_SYN_SENT.
@@ -107,9 +107,9 @@ pub fn capture(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry, facts
     if entry.state == state::LISTEN {
         listening(seen, cx, entry, &info)?;
     } else if !cx.options.tcp_close && is_connection(entry) {
-        connection(seen, cx, entry, diag)?;
-    } else if cx.options.tcp_established && closed_was_connected(&seen.file, &info)? {
-        cx.shelf.get::<Hold>().add(seen, entry)?;
+        connection(seen, cx, entry, info, diag)?;
+    } else if cx.options.tcp_established && !fallback::is_mptcp(entry) && closed_was_connected(&seen.file, &info)? {
+        cx.shelf.get::<Hold>().add(seen, entry, info);
     } else if entry.state == state::CLOSE && entry.src_port != 0 && cx.shelf.get::<Diag>().has_lost_port(entry.ino)? {
         (entry.src_addr, entry.src_port) = (vec![0; entry.src_addr.len()], 0);
     }
@@ -154,6 +154,7 @@ fn connection(
     seen: &Seen,
     cx: &mut Capture<'_>,
     entry: &mut InetSkEntry,
+    info: Info,
     diag: Option<TcpSocket>,
 ) -> Result<(), ObjectError> {
     let diag = match diag {
@@ -180,7 +181,13 @@ fn connection(
     };
     match refused {
         Some((what, advice)) => cx.refuse(seen.refuse(what, advice)),
-        None => cx.shelf.get::<Hold>().add(seen, entry)?,
+        None => {
+            cx.shelf.get::<Hold>().add(seen, entry, info);
+            // One that has fallen back comes back as what it is.
+            if fallback::is_mptcp(entry) {
+                entry.proto = libc::IPPROTO_TCP as u32;
+            }
+        }
     }
     Ok(())
 }
@@ -206,13 +213,8 @@ pub fn unsupported(
     entry: &InetSkEntry,
     diag: Option<TcpSocket>,
 ) -> Result<Option<&'static str>, ObjectError> {
-    if entry.proto as i32 == IPPROTO_MPTCP {
-        /// SOL_MPTCP and MPTCP_INFO, which a connection does not have that goes on as plain TCP.
-        const INFO: (i32, i32) = (284, 1);
-        return Ok(Some(match socket::option(file, INFO.0, INFO.1, 256) {
-            Ok(_) => "is made of several (MPTCP), whose keys the kernel keeps to itself",
-            Err(_) => "was to be MPTCP, but its server knows TCP only: the kernel shows nobody its numbers",
-        }));
+    if fallback::is_mptcp(entry) {
+        return Ok(fallback::obstacle(file, entry));
     }
     if diag.is_some_and(|socket| socket.signed) {
         return Ok(Some("has its packets signed (TCP MD5), and the kernel keeps the keys to itself"));

@@ -20,15 +20,17 @@ use tracing::{debug, info};
 use super::clients::Clients;
 use super::lock::LockError;
 use super::read::{TcpError, read_with};
-use super::{Connection, Ends, NetworkLock, State, ends};
+use super::{Connection, Ends, NetworkLock, State, ends, fallback};
 use crate::dump::DumpOptions;
 use crate::freeze::Frozen;
 use crate::image::proto::{InetSkEntry, InventoryEntry, TcpStreamEntry};
 use crate::image::{ImageDir, ImageKind};
+use crate::kernel::ebpf::numbers::Reader;
 use crate::kernel::gate::Gate;
 use crate::kernel::sched::be_urgent;
-use crate::kernel::tcp::{Repair, set_repair};
-use crate::kernel::{SysResult, apart};
+use crate::kernel::survey_cache::Caching;
+use crate::kernel::tcp::{Info, Repair, set_repair};
+use crate::kernel::{SysResult, apart, inet_diag};
 use crate::object::ObjectError;
 use crate::object::file::{Capture, Seen};
 use crate::parallel;
@@ -52,6 +54,16 @@ struct Socket {
     ends: Ends,
     /// Its SO_REUSEADDR.
     reuse: bool,
+    info: Info,
+    /// Whether it is one of MPTCP that goes on as plain TCP.
+    fallen_back: bool,
+}
+
+impl Socket {
+    /// That it could not be read.
+    fn unread(&self, why: impl ToString) -> ObjectError {
+        ObjectError::Connection { pid: self.pid, fd: self.fd, ends: self.ends, why: why.to_string() }
+    }
 }
 
 /// All connections of a dump, and the gate before them.
@@ -62,6 +74,9 @@ pub struct Hold {
     /// What the gate is called once it is permanent.
     name: String,
     sockets: Vec<Socket>,
+    /// What reads many.
+    numbers: Option<Reader>,
+    caching: Caching,
     /// Ends that nobody may ask for a connection with.
     listeners: Vec<gate::Connection>,
     /// What was read of each, by its inode.
@@ -87,11 +102,29 @@ impl Hold {
     }
 
     /// Adds a connection.
-    pub fn add(&mut self, seen: &Seen, entry: &InetSkEntry) -> Result<(), ObjectError> {
+    pub fn add(&mut self, seen: &Seen, entry: &InetSkEntry, info: Info) {
         let file = Arc::clone(&seen.file);
         let (pid, ends, reuse) = (seen.pid.as_raw(), Ends::of(entry, 0), entry.opts.reuseaddr());
-        self.sockets.push(Socket { id: seen.id, ino: entry.ino, pid, fd: seen.fd, file, ends, reuse });
-        Ok(())
+        let fallen_back = fallback::is_mptcp(entry);
+        self.sockets.push(Socket {
+            id: seen.id,
+            ino: entry.ino,
+            pid,
+            fd: seen.fd,
+            file,
+            ends,
+            reuse,
+            info,
+            fallen_back,
+        });
+    }
+
+    /// Makes ready for many connections: those that have nothing in their queues will be read together, and without
+    /// repair mode. Where that cannot be done they are read like the others.
+    pub fn expect_many(&mut self, caching: Caching) {
+        self.caching = caching;
+        let reader = Reader::new().inspect_err(|err| debug!(%err, "connections are read one by one"));
+        self.numbers = reader.ok();
     }
 
     /// Adds a listening socket: requests for connections with it will be dropped.
@@ -115,19 +148,20 @@ impl Hold {
         if self.is_idle() && !self.clients.are_likely()? {
             return Ok(());
         }
+        for socket in self.fallen_back() {
+            fallback::drain(&socket.file).map_err(|why| socket.unread(why))?;
+        }
         if let Some(gate) = &mut self.gate {
             gate.refresh().map_err(LockError::from)?;
             let sockets = self.sockets.iter().map(|socket| socket.ends.key());
             let keys: Vec<_> = sockets.chain(self.clients.keys()).chain(self.listeners.clone()).collect();
             gate.lock(&keys).map_err(LockError::from)?;
         }
-        let told = parallel::share(&self.sockets, read_apart).into_iter().collect::<SysResult<Vec<_>>>()?.concat();
-        let mut told = told.as_slice();
+        let mut read = self.read_fallen_back()?;
+        read.extend(self.read_plain()?);
         let mut states = HashMap::new();
         for socket in &self.sockets {
-            let connection = listen(&mut told)
-                .unwrap_or_else(|| Err("the process that reads connections ended early".into()))
-                .map_err(|why| ObjectError::Connection { pid: socket.pid, fd: socket.fd, ends: socket.ends, why })?;
+            let Some(connection) = read.remove(&socket.ino) else { continue };
             debug!(pid = socket.pid, fd = socket.fd, ends = %socket.ends, state = ?connection.state, "connection read");
             states.insert(socket.id, connection.state);
             self.read.push((socket.ino, connection));
@@ -140,6 +174,75 @@ impl Hold {
         self.clients.read(self.gate.as_mut())?;
         info!(connections = self.sockets.len(), clients = self.clients.len(), lock = ?self.lock, "connections are held and read");
         Ok(())
+    }
+
+    /// Connections of sockets that are TCP and nothing else, by inode.
+    fn read_plain(&self) -> Result<HashMap<u32, Connection>, ObjectError> {
+        let mut idle = self.idle();
+        let plain = self.sockets.iter().filter(|socket| !socket.fallen_back);
+        let others: Vec<&Socket> = match self.caching {
+            Caching::Used => plain.filter(|socket| !idle.contains_key(&socket.ino)).collect(),
+            Caching::Verified => plain.collect(),
+        };
+        let mut read = HashMap::new();
+        let told = parallel::share(&others, read_apart).into_iter().collect::<SysResult<Vec<_>>>()?.concat();
+        let mut told = told.as_slice();
+        for socket in others {
+            let connection = listen(&mut told)
+                .unwrap_or_else(|| Err("the process that reads connections ended early".into()))
+                .map_err(|why| socket.unread(why))?;
+            if let Some(idle) = idle.remove(&socket.ino) {
+                self.compare(socket, &idle, &connection)?;
+            }
+            read.insert(socket.ino, connection);
+        }
+        info!(idle = idle.len(), others = read.len(), "connections are read");
+        read.extend(idle);
+        Ok(read)
+    }
+
+    fn fallen_back(&self) -> impl Iterator<Item = &Socket> {
+        self.sockets.iter().filter(|socket| socket.fallen_back)
+    }
+
+    /// Connections of MPTCP that go on as plain TCP, by inode.
+    fn read_fallen_back(&self) -> Result<HashMap<u32, Connection>, ObjectError> {
+        let mut gathered = HashMap::new();
+        for socket in self.fallen_back() {
+            gathered.insert(socket.ino, fallback::gather(&socket.file).map_err(|why| socket.unread(why))?);
+        }
+        let Some(first) = self.fallen_back().next() else { return Ok(HashMap::new()) };
+        let numbers = fallback::numbers(self.numbers.as_ref()).map_err(|why| first.unread(why))?;
+        let read = |socket: &Socket| {
+            let gathered = gathered.get(&socket.ino).copied().unwrap_or_default();
+            let read = fallback::read(&socket.file, gathered, numbers.get(&socket.ino.into()), &socket.info);
+            read.map(|connection| (socket.ino, connection)).map_err(|why| socket.unread(why))
+        };
+        self.fallen_back().map(read).collect()
+    }
+
+    /// Connections that have nothing in their queues, by inode.
+    fn idle(&self) -> HashMap<u32, Connection> {
+        let Some(reader) = &self.numbers else { return HashMap::new() };
+        let numbers = reader.read().unwrap_or_else(|err| {
+            debug!(%err, "connections are read one by one");
+            HashMap::new()
+        });
+        let connection = |socket: &Socket| Connection::of(numbers.get(&socket.ino.into())?, &socket.info);
+        let plain = self.sockets.iter().filter(|socket| !socket.fallen_back);
+        let found = plain.filter_map(|socket| Some((socket.ino, connection(socket)?)));
+        found.filter(|(_, connection)| connection.is_idle()).collect()
+    }
+
+    /// What was believed has to be what is told, unless a packet was on its way when the gate was closed.
+    fn compare(&self, socket: &Socket, idle: &Connection, read: &Connection) -> Result<(), ObjectError> {
+        if idle.lasting() == read.lasting()
+            || self.idle().get(&socket.ino).is_none_or(|now| now.lasting() != idle.lasting())
+        {
+            return Ok(());
+        }
+        let [kept, read] = [idle, read].map(|connection| format!("{:?}", connection.stream));
+        Err(ObjectError::Stale { pid: socket.pid, fd: socket.fd, kept, read })
     }
 
     /// Writes the images. A tree that runs on need not wait for that.
@@ -195,7 +298,12 @@ impl Hold {
     /// Has the sockets end without a word to anybody, when the tree is gone.
     pub fn silence(&self) {
         for socket in &self.sockets {
-            if let Err(err) = set_repair(&socket.file, Repair::On) {
+            // What has no repair mode can be ended all the same: the gate swallows its last words.
+            let silenced = match socket.fallen_back {
+                true => inet_diag::destroy(socket.ends.local, socket.ends.remote),
+                false => set_repair(&socket.file, Repair::On),
+            };
+            if let Err(err) = silenced {
                 tracing::warn!(ends = %socket.ends, %err, "a socket may leave something behind");
             }
         }
@@ -203,7 +311,7 @@ impl Hold {
 }
 
 /// Reads connections in a process that nobody kills, and gives what [`listen`] understands.
-fn read_apart(sockets: &[Socket]) -> SysResult<Vec<u8>> {
+fn read_apart(sockets: &[&Socket]) -> SysResult<Vec<u8>> {
     /// So many are read, a quarter of a millisecond, before anybody asks whether it is still wanted.
     const SOME: usize = 16;
     let engine = Pid::this();

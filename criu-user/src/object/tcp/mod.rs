@@ -29,6 +29,7 @@ pub mod capture;
 pub mod clients;
 pub mod course;
 pub mod ends;
+mod fallback;
 pub mod hold;
 pub mod lock;
 pub mod options;

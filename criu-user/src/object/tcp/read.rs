@@ -6,12 +6,13 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 
+use criu_common::numbers::Numbers;
 use nix::poll::PollFlags;
 
 use super::state::State;
 use crate::image::proto::TcpStreamEntry;
 use crate::kernel::fd::poll_now;
-use crate::kernel::tcp::{self, Lengths, Queue, Repair, options};
+use crate::kernel::tcp::{self, Info, Lengths, Queue, Repair, options};
 use crate::kernel::{SysError, socket};
 
 /// Why a connection could not be read or made.
@@ -42,6 +43,20 @@ pub enum TcpError {
         /// Bytes.
         needed: usize,
     },
+    /// A connection that nobody could read while something is on its way to the peer.
+    #[error(
+        "the peer has not acknowledged {left} bytes, which cannot be read below a socket of MPTCP; try again later"
+    )]
+    Undrained {
+        /// Bytes.
+        left: u32,
+    },
+    /// A connection that the eBPF program has not come by.
+    #[error("a socket of MPTCP does not tell where its connection stands, and an eBPF program could not see it: {why}")]
+    Unseen {
+        /// Why.
+        why: String,
+    },
     /// Lengths that contradict each other.
     #[error("{unsent} bytes are unsent, but only {written} were written")]
     Lengths {
@@ -71,6 +86,58 @@ pub struct Connection {
     pub stream: TcpStreamEntry,
     /// What waits to be read, then what waits to be sent or acknowledged.
     pub data: Vec<u8>,
+}
+
+impl Connection {
+    /// An established connection, by its numbers alone: all of it where nothing is in its queues.
+    pub(super) fn of(numbers: &Numbers, info: &Info) -> Option<Self> {
+        let state = State::of_number(numbers.state.into()).filter(|&state| state == State::Established)?;
+        let scaled = info.options & options::WSCALE != 0;
+        let stream = TcpStreamEntry {
+            inq_len: numbers.rcv_nxt.wrapping_sub(numbers.copied_seq),
+            inq_seq: numbers.rcv_nxt,
+            outq_len: numbers.write_seq.wrapping_sub(numbers.snd_una),
+            outq_seq: numbers.write_seq,
+            unsq_len: Some(0),
+            opt_mask: info.options.into(),
+            snd_wscale: if scaled { info.snd_wscale.into() } else { 0 },
+            rcv_wscale: scaled.then_some(info.rcv_wscale.into()),
+            mss_clamp: numbers.mss.into(),
+            timestamp: timestamp(numbers, info.options),
+            rtt: Some(numbers.srtt >> 3).filter(|&rtt| rtt != 0),
+            snd_wl1: Some(numbers.snd_wl1),
+            snd_wnd: Some(numbers.snd_wnd),
+            max_window: Some(numbers.max_window),
+            rcv_wnd: Some(numbers.rcv_wnd),
+            rcv_wup: Some(numbers.rcv_wup),
+            ..TcpStreamEntry::default()
+        };
+        Some(Self { state, stream, data: Vec::new() })
+    }
+
+    /// Whether nothing is in its queues.
+    pub(super) fn is_idle(&self) -> bool {
+        self.stream.inq_len == 0 && self.stream.outq_len == 0
+    }
+
+    /// The same without what changes by itself.
+    pub(super) fn lasting(&self) -> Self {
+        let mut same = self.clone();
+        (same.stream.timestamp, same.stream.rtt) = (None, None);
+        same
+    }
+}
+
+/// What a socket says of its next timestamp in repair mode (TCP_TIMESTAMP of `do_tcp_getsockopt`).
+fn timestamp(numbers: &Numbers, agreed: u8) -> Option<u32> {
+    /// Set where it is in microseconds.
+    const MARK: u32 = 1;
+    let of = |nanos_per_tick: u64| ((numbers.now / nanos_per_tick) as u32).wrapping_add(numbers.ts_offset);
+    match (agreed & options::TIMESTAMPS != 0, agreed & options::MICROSECONDS != 0) {
+        (false, _) => None,
+        (true, true) => Some(of(1000) | MARK),
+        (true, false) => Some(of(1_000_000) & !MARK),
+    }
 }
 
 /// Room beside what queues are said to hold.
