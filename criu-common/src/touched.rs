@@ -6,6 +6,10 @@ pub const UNKNOWN: u64 = 0;
 /// How many sockets at most are looked after.
 pub const MOST_SOCKETS: u32 = 1 << 20;
 
+/// How many connections are told of in one go: what an iterator tells of one task has 32 KiB (`bpf_seq_read` of
+/// kernel/bpf/bpf_iter.c).
+pub const MOST_TOLD: u32 = 1024;
+
 /// A descriptor that is a connection.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -19,6 +23,12 @@ pub struct Connection {
 }
 
 impl Connection {
+    /// What comes behind the last one.
+    pub const END: Self = Self { inode: 0, fd: u32::MAX, padding: 0 };
+
+    /// What comes behind those that are told of in one go, if there may be more.
+    pub const MORE: Self = Self { fd: u32::MAX - 1, ..Self::END };
+
     /// One from bytes as they stand in memory.
     pub fn from_bytes(bytes: &[u8; size_of::<Self>()]) -> Self {
         let [a, b, c, d, e, f, g, h, i, j, k, l, ..] = *bytes;

@@ -13,14 +13,16 @@
 
 #[expect(dead_code, reason = "what the other programs need of it")]
 mod access;
+#[expect(dead_code, reason = "what the other programs need of it")]
+mod kfuncs;
 
-use access::{get, load, off, read};
+use access::{Scratch, get, load, off, read};
 use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated::{bpf_get_current_task_btf, bpf_seq_write};
 use aya_ebpf::macros::{btf_tracepoint, map};
 use aya_ebpf::maps::HashMap;
 use aya_ebpf::programs::BtfTracePointContext;
-use criu_common::touched::{Connection, MOST_SOCKETS, Offsets, UNKNOWN};
+use criu_common::touched::{Connection, MOST_SOCKETS, MOST_TOLD, Offsets, UNKNOWN};
 
 /// Filled in by the engine before the program is loaded.
 #[unsafe(no_mangle)]
@@ -32,6 +34,8 @@ static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 
 /// Without room set aside.
 const BPF_F_NO_PREALLOC: u32 = 1;
+/// Descriptors that are looked at in one go, in which nothing that the kernel gives up is freed.
+const STEPS: i32 = 1 << 14;
 /// Bit of `thread_info.status`: a call by the 32-bit interface, whose numbers are others.
 const TS_COMPAT: u32 = 2;
 const EBADF: i64 = 9;
@@ -62,40 +66,85 @@ struct Meta {
     seq: *mut c_void,
 }
 
-/// `struct bpf_iter__task_file`
+/// `struct bpf_iter__task`
 #[repr(C)]
 struct Context {
     meta: *const Meta,
     task: *const c_void,
-    fd: u32,
-    file: *const c_void,
 }
 
-/// `iter/task_file`: a [`Connection`] for each descriptor in the process's own table that is one. Nobody holds them
-/// meanwhile: the owner may close them any time.
+/// The process that is looked at; the descriptor that is looked at next, and how many connections were told of: see
+/// [`kfuncs::repeat`].
+static OF: Scratch<u64> = Scratch::new(0);
+static NEXT: Scratch<u32> = Scratch::new(0);
+static TOLD: Scratch<u32> = Scratch::new(0);
+
+/// `iter/task`: a [`Connection`] for each descriptor in the process's own table that is one. Behind them comes
+/// [`Connection::END`], or [`Connection::MORE`] where the next run goes on. Nobody holds them: an iterator over descriptors would, so that one which the
+/// owner closes just then was still open when it is closed.
 #[unsafe(no_mangle)]
-#[unsafe(link_section = "iter/task_file")]
+#[unsafe(link_section = "iter/task")]
 extern "C" fn connections(ctx: *const Context) -> i32 {
-    // SAFETY: the kernel fills the context in; all else is read by a helper that checks the address.
+    // SAFETY: the kernel fills the context in; all else is read by a helper that checks the address. A table that the process
+    // gives up meanwhile stays as long as this lasts (RCU); of a description that is made anew something else may be
+    // read, and whoever is told of it looks again.
     unsafe {
-        let (task, file) = ((*ctx).task as u64, (*ctx).file as u64);
-        if task == 0 || file == 0 || get::<u64>(task, off!(task_group_leader)) != task {
+        let task = (*ctx).task as u64;
+        if task == 0 || get::<u64>(task, off!(task_group_leader)) != task {
             return 0;
         }
+        let seq = (*(*ctx).meta).seq;
+        let table: u64 = get(get(task, off!(task_files)), off!(files_fdt));
+        let (most, files) = (get::<u32>(table, off!(fdt_max_fds)), get::<u64>(table, off!(fdt_fd)));
+        TOLD.get().write_volatile(0);
+        // The one before may have ended in the middle.
+        if OF.get().read_volatile() != task {
+            OF.get().write_volatile(task);
+            NEXT.get().write_volatile(0);
+        }
+        kfuncs::repeat(STEPS, || {
+            let fd = NEXT.get().read_volatile();
+            if fd >= most {
+                return true;
+            }
+            NEXT.get().write_volatile(fd + 1);
+            let Some(inode) = connection(read(files + u64::from(fd) * 8)) else { return false };
+            tell(seq, Connection { inode, fd, padding: 0 });
+            let told = TOLD.get().read_volatile() + 1;
+            TOLD.get().write_volatile(told);
+            told == MOST_TOLD
+        });
+        let is_over = NEXT.get().read_volatile() >= most;
+        if is_over {
+            NEXT.get().write_volatile(0);
+        }
+        tell(seq, if is_over { Connection::END } else { Connection::MORE });
+    }
+    0
+}
+
+/// The inode of a file that is a connection.
+#[inline(always)]
+unsafe fn connection(file: u64) -> Option<u64> {
+    // SAFETY: all is read by a helper that checks the address.
+    unsafe {
         let inode: u64 = get(file, off!(file_inode));
-        if get::<u16>(inode, off!(inode_mode)) & TYPE != SOCKET {
-            return 0;
+        if file == 0 || get::<u16>(inode, off!(inode_mode)) & TYPE != SOCKET {
+            return None;
         }
         let socket: u64 = get(get(file, off!(file_private_data)), off!(socket_sk));
         let family = get::<u16>(socket, off!(sock_family));
         let is_tcp =
             (family == AF_INET || family == AF_INET6) && get::<u16>(socket, off!(sock_protocol)) == IPPROTO_TCP;
-        if is_tcp && CONNECTED.contains(&get::<u8>(socket, off!(sock_state))) {
-            let record = Connection { inode: get(inode, off!(inode_ino)), fd: (*ctx).fd, padding: 0 };
-            bpf_seq_write((*(*ctx).meta).seq.cast(), (&raw const record).cast(), size_of::<Connection>() as u32);
-        }
+        let is_one = is_tcp && CONNECTED.contains(&get::<u8>(socket, off!(sock_state)));
+        if is_one { Some(get(inode, off!(inode_ino))) } else { None }
     }
-    0
+}
+
+#[inline(always)]
+unsafe fn tell(seq: *mut c_void, record: Connection) {
+    // SAFETY: the record lives for the call.
+    unsafe { bpf_seq_write(seq.cast(), (&raw const record).cast(), size_of::<Connection>() as u32) };
 }
 
 /// `sys_exit(regs, result)`.

@@ -225,8 +225,8 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
         Source::Proc => Ahead::default(),
         _ => Ahead::ask(&tree, options.caching),
     };
-    if ahead.has_some() {
-        hold.expect_many(options.caching);
+    if options.tcp_established && ahead.are_likely() {
+        hold.expect_idle(options.caching);
     }
     surveyor.read_ahead(options.pid);
     prepared.give_back();

@@ -7,8 +7,10 @@ use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::{Command, Stdio};
 
+use criu_common::touched::MOST_TOLD;
 use criu_user::kernel::ebpf::touched::{Lookout, Touched, Watchful};
 use nix::errno::Errno;
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::socket::{Backlog, Shutdown, SockaddrIn, bind, listen, shutdown};
 use nix::unistd::Pid;
 
@@ -46,6 +48,28 @@ fn connections_are_found_and_nothing_else() {
     let inodes: BTreeSet<u64> = found.iter().map(|(inode, _)| *inode).collect();
     for other in [inode(&listener), inode(&udp), inode(&_pair.0)] {
         assert!(!inodes.contains(&other), "{other} is no connection");
+    }
+}
+
+/// More than are told of in one go.
+#[test]
+#[ignore = "needs root and the eBPF programs: cargo xtask test"]
+fn many_connections_are_found_each_once() {
+    let many = MOST_TOLD as usize + 100;
+    setrlimit(Resource::RLIMIT_NOFILE, 8192, 8192).expect("room for descriptors");
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+    let address = listener.local_addr().expect("an address");
+    let pairs: Vec<_> = (0..many.div_ceil(2))
+        .map(|_| (TcpStream::connect(address).expect("a connection"), listener.accept().expect("accepted").0))
+        .collect();
+    let lookout = Lookout::new(many).expect("the programs");
+    for _ in 0..2 {
+        let found: Vec<u64> =
+            lookout.connections(Pid::this()).expect("an answer").iter().map(|found| found.inode).collect();
+        let once: BTreeSet<u64> = found.iter().copied().collect();
+        assert_eq!(found.len(), once.len(), "some were told of twice");
+        let all = pairs.iter().flat_map(|(one, other)| [inode(one), inode(other)]);
+        assert!(all.into_iter().all(|inode| once.contains(&inode)), "only {} were found", once.len());
     }
 }
 

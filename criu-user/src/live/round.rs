@@ -118,11 +118,12 @@ fn is_built_on(options: &DumpOptions) -> Result<bool, TrackError> {
     }
 }
 
-/// Starts a session that ends with us, however we do; unless there is one already.
+/// Starts a session that ends with us, however we do; unless there is one already. For memory it needs no eBPF programs, and
+/// nobody asks it for anything else.
 fn is_hired(pid: Pid) -> Result<bool, TrackError> {
     let is_new = session(pid)?.is_none();
     if is_new {
-        client::start(pid, &["--with".into(), std::process::id().to_string().into()])?;
+        client::start(pid, &["--with".into(), std::process::id().to_string().into(), "--no-ebpf".into()])?;
     }
     Ok(is_new)
 }

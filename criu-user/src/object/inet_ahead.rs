@@ -31,6 +31,7 @@ const MANY: usize = 64;
 #[derive(Debug, Default)]
 pub struct Ahead {
     caching: Caching,
+    are_likely: bool,
     /// By inode.
     known: HashMap<u32, Facts>,
     watchful: Option<Watchful>,
@@ -51,18 +52,14 @@ impl Ahead {
     /// Asks the connections of a tree that runs, if they are many. Where that cannot be done they are asked in the freeze.
     pub fn ask(tree: &[Pid], caching: Caching) -> Self {
         let outcome = Self::try_ask(tree, caching);
-        outcome
-            .inspect_err(|err| tracing::debug!(%err, "connections are asked in the freeze only"))
-            .ok()
-            .flatten()
-            .unwrap_or_default()
+        outcome.inspect_err(|err| tracing::debug!(%err, "connections are asked in the freeze only")).unwrap_or_default()
     }
 
-    fn try_ask(tree: &[Pid], caching: Caching) -> EbpfResult<Option<Self>> {
+    fn try_ask(tree: &[Pid], caching: Caching) -> EbpfResult<Self> {
         let least = if caching == Caching::Verified { 1 } else { MANY };
         let descriptors: usize = tree.iter().map(|&pid| count(pid)).sum();
         if descriptors < least {
-            return Ok(None);
+            return Ok(Self { are_likely: tree.iter().any(|&pid| has_sockets(pid)), ..Self::default() });
         }
         let lookout = Lookout::new(descriptors * 2)?;
         let mut connections = Vec::new();
@@ -70,19 +67,20 @@ impl Ahead {
             let found = lookout.connections(pid)?;
             connections.extend(found.iter().map(|it| Connection { pid, fd: it.fd as i32, inode: it.inode }));
         }
+        let are_likely = !connections.is_empty();
         if connections.len() < least {
-            return Ok(None);
+            return Ok(Self { are_likely, ..Self::default() });
         }
         let inodes: Vec<u64> = connections.iter().map(|connection| connection.inode).collect();
         // First somebody looks after them, then they are asked.
         let watchful = lookout.begin(&inodes)?;
         let known = parallel::map(&connections, Connection::ask).into_iter().flatten().collect();
-        Ok(Some(Self { caching, known, watchful: Some(watchful), ..Self::default() }))
+        Ok(Self { caching, are_likely, known, watchful: Some(watchful), ..Self::default() })
     }
 
-    /// Whether any were asked.
-    pub fn has_some(&self) -> bool {
-        !self.known.is_empty()
+    /// Whether the tree may have any.
+    pub fn are_likely(&self) -> bool {
+        self.are_likely
     }
 
     /// What a socket tells that stands still.
@@ -138,6 +136,13 @@ fn count(pid: Pid) -> usize {
         0 => proc::descriptors(pid).map_or(0, |all| all.len()),
         count => count,
     }
+}
+
+/// Whether a process has a socket of any kind.
+fn has_sockets(pid: Pid) -> bool {
+    let link = |&fd: &i32| std::fs::read_link(format!("/proc/{pid}/fd/{fd}"));
+    let all = proc::descriptors(pid).unwrap_or_default();
+    all.iter().any(|fd| link(fd).is_ok_and(|link| link.as_os_str().as_encoded_bytes().starts_with(b"socket:")))
 }
 
 impl Connection {

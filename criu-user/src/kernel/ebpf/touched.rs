@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
+use criu_common::kfuncs;
 use criu_common::touched::{Connection, MOST_SOCKETS, SOURCES, UNKNOWN};
 use nix::unistd::Pid;
 
@@ -19,8 +20,8 @@ static OBJECT: Option<&[u8]> = compiled!("touched");
 
 const NAME: &str = "touched";
 const CONNECTIONS: &str = "connections";
-/// The function that stands for the iterator, and the type of the tracepoint.
-const FUNCTIONS: [&str; 2] = ["bpf_iter_task_file", "btf_trace_sys_exit"];
+/// The function that stands for the iterator, the type of the tracepoint, and what the programs call.
+const FUNCTIONS: [&str; 5] = ["bpf_iter_task", "btf_trace_sys_exit", kfuncs::LOOP[0], kfuncs::LOOP[1], kfuncs::LOOP[2]];
 
 /// Programs that find connections, and look after them.
 #[derive(Debug)]
@@ -66,7 +67,7 @@ impl Lookout {
     /// One with room for so many connections.
     ///
     /// # Minimum kernel version
-    /// 6.1, with type information (CONFIG_DEBUG_INFO_BTF); CAP_BPF and CAP_PERFMON.
+    /// 6.4, with type information (CONFIG_DEBUG_INFO_BTF); CAP_BPF and CAP_PERFMON.
     pub fn new(most: usize) -> EbpfResult<Self> {
         let layout = cache::layout(SOURCES, &FUNCTIONS)?;
         let offsets = layout.bytes();
@@ -74,6 +75,7 @@ impl Lookout {
         // One more, for what is unknown.
         let room = u32::try_from(most + 1).unwrap_or(MOST_SOCKETS).min(MOST_SOCKETS);
         let mut object = Loaded::with_sizes(NAME, OBJECT.ok_or(EbpfError::NotBuilt)?, globals, &[("SOCKETS", room)])?;
+        object.bind(&FUNCTIONS, &layout.functions);
         let sockets = object.take_map("SOCKETS")?;
         let iterator = object.load_iter(CONNECTIONS, function(&layout, 0))?;
         Ok(Self { object, layout, sockets, iterator })
@@ -81,14 +83,28 @@ impl Lookout {
 
     /// The connections that a process has just now.
     pub fn connections(&self, pid: Pid) -> EbpfResult<Vec<Connection>> {
-        let iterator = bpf::iterate(self.iterator.as_fd(), pid.as_raw() as u32).map_err(failed)?;
-        let mut bytes = Vec::new();
-        read_to_end(File::from(iterator), &mut bytes).map_err(|source| EbpfError::Read {
-            program: CONNECTIONS,
-            pid: pid.as_raw(),
-            source,
-        })?;
-        Ok(bytes.as_chunks().0.iter().map(Connection::from_bytes).collect())
+        let mut found = Vec::new();
+        loop {
+            let iterator = bpf::iterate(self.iterator.as_fd(), pid.as_raw() as u32).map_err(failed)?;
+            let mut bytes = Vec::new();
+            read_to_end(File::from(iterator), &mut bytes).map_err(|source| EbpfError::Read {
+                program: CONNECTIONS,
+                pid: pid.as_raw(),
+                source,
+            })?;
+            found.extend(bytes.as_chunks().0.iter().map(Connection::from_bytes));
+            match found.pop() {
+                Some(Connection::MORE) => {}
+                // Of a process that has ended nothing is told.
+                Some(Connection::END) | None => return Ok(found),
+                Some(_) => {
+                    return Err(EbpfError::BadObject {
+                        object: NAME,
+                        why: "it told of connections without an end".into(),
+                    });
+                }
+            }
+        }
     }
 
     /// Begins to look after the sockets with these inodes. What is asked of them from here on is true until

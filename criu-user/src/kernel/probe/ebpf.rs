@@ -144,7 +144,7 @@ pub fn connections_ahead() -> Answer {
     let found = lookout.connections(Pid::this())?.len();
     lookout.begin(&[])?.touched()?;
     numbers::Reader::new()?.read()?;
-    Ok(format!("task_file, sys_exit: {found} connections"))
+    Ok(format!("task, sys_exit, task_file: {found} connections"))
 }
 
 /// bpffs: something is pinned in one that is mounted nowhere and goes with its descriptor.

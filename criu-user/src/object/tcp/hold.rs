@@ -119,9 +119,9 @@ impl Hold {
         });
     }
 
-    /// Makes ready for many connections: those that have nothing in their queues will be read together, and without
-    /// repair mode. Where that cannot be done they are read like the others.
-    pub fn expect_many(&mut self, caching: Caching) {
+    /// Makes ready for connections that have nothing in their queues: they will be read together, and without repair mode.
+    /// Where that cannot be done they are read like the others.
+    pub fn expect_idle(&mut self, caching: Caching) {
         self.caching = caching;
         let reader = Reader::new().inspect_err(|err| debug!(%err, "connections are read one by one"));
         self.numbers = reader.ok();
