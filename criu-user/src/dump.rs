@@ -245,8 +245,8 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
     pages.add(live.pages);
     writing += live.writing;
     links.keep();
-    // What a copy spares says nothing of dumps that have none.
-    if let Some(shape) = shape.filter(|_| live.copied == 0) {
+    // What a copy spares says nothing of dumps that have none, and who is dumped live is mostly busy.
+    if let Some(shape) = shape.filter(|_| options.live.is_none()) {
         let shape = Shape { pages: pages.written + pages.in_parent, written: pages.written, ..shape };
         predict::remember(&Measured { shape, frozen_us: frozen.as_micros() as u64 });
     }
