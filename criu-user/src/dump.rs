@@ -32,7 +32,6 @@ use crate::object::{
     ObjectError, Refusal, apart, cgroup, clocks, fs, locks, memfd, memory, seccomp, seen, shmem, task, tree, waits,
 };
 use crate::observer::{Moment, Objection, Observer, tell};
-
 use crate::track::predict::{self, Measured, Shape};
 use crate::track::refusals;
 
