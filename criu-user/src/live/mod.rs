@@ -84,7 +84,7 @@ impl Live {
     /// Looks whether the machine and the groups of a tree can bear the copies of all processes but the spared ones, before
     /// it is frozen.
     pub fn prepare(root: Pid, spared: HashSet<Pid>) -> Self {
-        let copied: Vec<Pid> = tree(root).into_iter().filter(|pid| !spared.contains(pid)).collect();
+        let copied: Vec<Pid> = proc::tree(root).into_iter().filter(|pid| !spared.contains(pid)).collect();
         let mut live = Self { wanted: true, spared, ..Self::default() };
         if copied.is_empty() {
             return live;
@@ -209,16 +209,4 @@ pub fn leave<'f>(
         return aside.take(guest);
     }
     guest.leave()
-}
-
-/// The processes of a tree as they are just now.
-fn tree(root: Pid) -> Vec<Pid> {
-    let mut found = vec![root];
-    let mut at = 0;
-    while let Some(&pid) = found.get(at) {
-        let threads = proc::threads(pid).unwrap_or_default();
-        found.extend(threads.into_iter().flat_map(|tid| proc::children(pid, tid).unwrap_or_default()));
-        at += 1;
-    }
-    found
 }

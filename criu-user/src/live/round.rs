@@ -72,7 +72,7 @@ impl Round {
 
     fn try_make(options: &DumpOptions, observer: &dyn Observer) -> Result<Self, PreDumpError> {
         let pid = options.pid;
-        let hired = if !options.tracking.track_mem && is_hired(pid)? { Some(pid) } else { None };
+        let hired = if !options.tracking.track_mem && hire(pid)? { Some(pid) } else { None };
         let images_dir = options.images_dir.join(PLACE);
         fs::create_dir_all(&images_dir).map_err(|source| failed(&images_dir, source))?;
         let mut round = Self { stopped: Duration::ZERO, images_dir: images_dir.clone(), kept: false, hired };
@@ -118,9 +118,9 @@ fn is_built_on(options: &DumpOptions) -> Result<bool, TrackError> {
     }
 }
 
-/// Starts a session that ends with us, however we do; unless there is one already. For memory it needs no eBPF programs, and
-/// nobody asks it for anything else.
-fn is_hired(pid: Pid) -> Result<bool, TrackError> {
+/// Starts a session that ends with us, however we do, and tells whether it did: not if there is one already. For memory it
+/// needs no eBPF programs, and nobody asks it for anything else.
+fn hire(pid: Pid) -> Result<bool, TrackError> {
     let is_new = session(pid)?.is_none();
     if is_new {
         client::start(pid, &["--with".into(), std::process::id().to_string().into(), "--no-ebpf".into()])?;
