@@ -320,6 +320,32 @@ fn detached_listed_attached_stopped() {
     program.finish();
 }
 
+/// The sessions in the background of the tree below `root`.
+fn servers(root: &str) -> usize {
+    let is_one = |pid: &i32| {
+        let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let words: Vec<&[u8]> = words.split(|&byte| byte == 0).collect();
+        words.contains(&b"--serve".as_slice()) && words.contains(&root.as_bytes())
+    };
+    proc::pids().iter().filter(|pid| is_one(pid)).count()
+}
+
+/// Of many who begin at once one becomes the session, and the others find it.
+#[test]
+fn begun_at_once() {
+    let mut program = Workload::new("threads.c", "many").start();
+    let pid = program.pid().to_string();
+    for _ in 0..10 {
+        std::thread::scope(|scope| {
+            let all: Vec<_> = (0..6).map(|_| scope.spawn(|| succeed(&["-d", "--no-ebpf", &pid]))).collect();
+            all.into_iter().for_each(|one| drop(one.join().expect("it begins or finds the other")));
+        });
+        assert_eq!(servers(&pid), 1);
+        succeed(&["--stop", &pid]);
+    }
+    program.finish();
+}
+
 /// Removed when this is dropped; whoever is in it goes back to where the tests are.
 struct Group(std::path::PathBuf);
 

@@ -22,7 +22,7 @@ use crate::object::memory::estimate;
 use crate::observer::Observer;
 use crate::predump::{PreDumpError, PreDumpOptions, pre_dump};
 use crate::track::TrackError;
-use crate::track::client::{self, Client};
+use crate::track::client::{self, Client, Started};
 use crate::track::report::Report;
 
 /// Where the images of that round are, from the directory of the dump. What was written during the round comes beside it
@@ -121,11 +121,13 @@ fn is_built_on(options: &DumpOptions) -> Result<bool, TrackError> {
 /// Starts a session that ends with us, however we do, and tells whether it did: not if there is one already. For memory it
 /// needs no eBPF programs, and nobody asks it for anything else.
 fn hire(pid: Pid) -> Result<bool, TrackError> {
-    let is_new = session(pid)?.is_none();
-    if is_new {
-        client::start(pid, &["--with".into(), std::process::id().to_string().into(), "--no-ebpf".into()])?;
+    let words = ["--with".into(), std::process::id().to_string().into(), "--no-ebpf".into()];
+    while session(pid)?.is_none() {
+        if client::start(pid, &words)? == Started::New {
+            return Ok(true);
+        }
     }
-    Ok(is_new)
+    Ok(false)
 }
 
 /// What the session of a tree knows, if there is one. That of an engine which was killed is waited for: it is about to end.

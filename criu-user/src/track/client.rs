@@ -40,11 +40,14 @@ impl Client {
 
     /// Connects to the session, or starts one that goes on by itself.
     pub fn connect_or_start(root: Pid) -> Result<Self, TrackError> {
-        if let Some(client) = Self::connect(root)? {
-            return Ok(client);
+        loop {
+            if let Some(client) = Self::connect(root)? {
+                return Ok(client);
+            }
+            if start(root, &[])? == Started::New {
+                return Self::connect(root)?.ok_or(TrackError::NoSession { pid: root.as_raw() });
+            }
         }
-        start(root, &[])?;
-        Self::connect(root)?.ok_or(TrackError::NoSession { pid: root.as_raw() })
     }
 
     /// Takes what was written since the last image. The session touches the tree no more until this is dropped, and goes
@@ -181,10 +184,21 @@ impl Client {
 
 /// What a session that was started says when it is there.
 pub const READY: &str = "ready\n";
+/// What it says when another was there before it.
+pub const TRACKED: &str = "tracked\n";
+
+/// What came of starting a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Started {
+    /// It is there.
+    New,
+    /// Another was there first.
+    Other,
+}
 
 /// Starts a session for the tree below `root` that goes on when this process ends, and waits until it is there.
 /// `options` are further words for `criu-ebpf track`.
-pub fn start(root: Pid, options: &[std::ffi::OsString]) -> Result<(), TrackError> {
+pub fn start(root: Pid, options: &[std::ffi::OsString]) -> Result<Started, TrackError> {
     let failed = |what: String| TrackError::NotStarted { pid: root.as_raw(), what };
     let (mut says, end) = io::pipe().map_err(|err| failed(err.to_string()))?;
     let other_end = end.try_clone().map_err(|err| failed(err.to_string()))?;
@@ -202,9 +216,12 @@ pub fn start(root: Pid, options: &[std::ffi::OsString]) -> Result<(), TrackError
             Ok(n) => said.push_str(&String::from_utf8_lossy(&piece[..n])),
         }
         if said.ends_with(READY) {
-            return Ok(());
+            return Ok(Started::New);
         }
     }
     let _ = child.wait();
+    if said.ends_with(TRACKED) {
+        return Ok(Started::Other);
+    }
     Err(failed(said.trim().trim_start_matches("criu-ebpf: ").to_owned()))
 }

@@ -52,6 +52,12 @@ pub enum TrackError {
         /// What the kernel said.
         source: std::io::Error,
     },
+    /// There is a session already.
+    #[error("process {pid} is tracked already: somebody else's session has just begun; try again to join it")]
+    Tracked {
+        /// The root of the tree.
+        pid: i32,
+    },
     /// Nobody tracks this tree.
     #[error("process {pid} is not tracked; `criu-ebpf track {pid} -d` starts that, and `track --list` shows who is")]
     NoSession {

@@ -23,7 +23,7 @@ use super::{Outcome, say};
 use crate::kernel::fd;
 use crate::kernel::pidfd::PidFd;
 use crate::track::TrackError;
-use crate::track::client::{self, Client};
+use crate::track::client::{self, Client, Started};
 use crate::track::report::Report;
 use crate::track::session::{End, Session, SessionOptions, Signals};
 use crate::track::tree::roots_in;
@@ -109,16 +109,10 @@ pub(super) fn run(args: TrackArgs) -> Outcome {
         return attach(client, root, &args);
     }
     let end = runtime(root)?.block_on(async {
-        let session = Session::begin(args.options(root)?)?;
         if args.serve {
-            let failed = |source| socket_failed(root, source);
-            let other = args.with.map(|pid| ended(Pid::from_raw(pid))).transpose().map_err(failed)?;
-            go_to_the_background().map_err(failed)?;
-            return match other {
-                Some(other) => session.run(other).await,
-                None => session.run(std::future::pending()).await,
-            };
+            return serve(root, &args).await;
         }
+        let session = Session::begin(args.options(root)?)?;
         let reports = session.reports();
         session.run(show(reports, root, &args)).await
     })?;
@@ -128,18 +122,27 @@ pub(super) fn run(args: TrackArgs) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Waits for the end of a process; that has come already for one that is not there.
-fn ended(pid: Pid) -> std::io::Result<impl Future<Output = ()>> {
-    let pidfd = match PidFd::open(pid) {
-        Ok(pidfd) => Some(pidfd.into_async()?),
-        Err(err) if err.errno == Errno::ESRCH => None,
-        Err(err) => return Err(err.errno.into()),
+/// Is the session in the background, if there is none yet, and tells whoever has started it.
+async fn serve(root: Pid, args: &TrackArgs) -> Result<End, TrackError> {
+    let failed = |source| socket_failed(root, source);
+    let other = match args.with.map(|pid| PidFd::open(Pid::from_raw(pid))).transpose() {
+        Ok(other) => other.map(PidFd::into_async).transpose().map_err(failed)?,
+        // Nobody waits for it any more.
+        Err(err) if err.errno == Errno::ESRCH => return Ok(End::Stopped),
+        Err(err) => return Err(failed(err.errno.into())),
     };
-    Ok(async move {
-        if let Some(pidfd) = pidfd {
-            let _ = pidfd.readable().await;
+    let session = match Session::begin(args.options(root)?) {
+        Err(TrackError::Tracked { .. }) => {
+            answer(client::TRACKED).map_err(failed)?;
+            return Ok(End::Stopped);
         }
-    })
+        begun => begun?,
+    };
+    go_to_the_background().map_err(failed)?;
+    match other {
+        Some(other) => session.run(async { drop(other.readable().await) }).await,
+        None => session.run(std::future::pending()).await,
+    }
 }
 
 /// Starts sessions in the background, where there are none yet.
@@ -152,7 +155,9 @@ fn detach(roots: &[Pid], args: &TrackArgs) -> Outcome {
             continue;
         }
         let metrics = args.metrics.words().map_err(|source| socket_failed(root, source))?;
-        client::start(root, &[&words[..], &metrics].concat())?;
+        if client::start(root, &[&words[..], &metrics].concat())? == Started::Other {
+            args.metrics.refuse_for(root)?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -198,15 +203,20 @@ async fn show(mut reports: watch::Receiver<Report>, root: Pid, args: &TrackArgs)
     }
 }
 
-/// Tells whoever started the session that it is there, and lets go of what is his.
+/// Lets go of all that is of whoever started the session, when he knows that it is there.
 fn go_to_the_background() -> std::io::Result<()> {
     // Fails where the session is a group leader already: then it is on its own as well.
     let _ = setsid();
     std::env::set_current_dir("/")?;
-    let mut out = std::io::stdout();
-    out.write_all(client::READY.as_bytes())?;
-    out.flush()?;
+    answer(client::READY)?;
     fd::close_standard().map_err(|err| err.errno.into())
+}
+
+/// Tells whoever started the session what came of it.
+fn answer(word: &str) -> std::io::Result<()> {
+    let mut out = std::io::stdout();
+    out.write_all(word.as_bytes())?;
+    out.flush()
 }
 
 /// Shows the reports of a session that somebody else has started.
