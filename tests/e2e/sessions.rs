@@ -322,12 +322,9 @@ fn detached_listed_attached_stopped() {
 
 /// The sessions in the background of the tree below `root`.
 fn servers(root: &str) -> usize {
-    let is_one = |pid: &i32| {
-        let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let words: Vec<&[u8]> = words.split(|&byte| byte == 0).collect();
-        words.contains(&b"--serve".as_slice()) && words.contains(&root.as_bytes())
-    };
-    proc::pids().iter().filter(|pid| is_one(pid)).count()
+    let numbers = fs::read_dir("/proc").expect("/proc").flatten();
+    let pids = numbers.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.map(proc::cmdline).filter(|line| line.contains(&format!(" track {root} --serve"))).count()
 }
 
 /// Of many who begin at once one becomes the session, and the others find it.
