@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -162,11 +163,14 @@ impl Gate {
     pub fn find(name: &str) -> EbpfResult<Option<Self>> {
         let dir = directory(name);
         let map = dir.join(MAP);
-        if name.contains('/') || !map.exists() {
+        if name.contains('/') {
             return Ok(None);
         }
-        let fd = links::pinned(&map).map_err(failed(map.display().to_string()))?;
-        Ok(Some(Self { map: fd, links: Vec::new(), pinned: Some(dir), keeper: None }))
+        match links::pinned(&map) {
+            Ok(map) => Ok(Some(Self { map, links: Vec::new(), pinned: Some(dir), keeper: None })),
+            Err((_, err)) if err.kind() == ErrorKind::NotFound => Ok(None),
+            Err(err) => Err(failed(map.display().to_string())(err)),
+        }
     }
 
     /// Whether a gate of this name is still closed.
@@ -201,7 +205,11 @@ fn held(value: &[u8; VALUE]) -> Held {
 }
 
 fn unpin(dir: &Path) -> EbpfResult<()> {
-    fs::remove_dir_all(dir).map_err(pinning(dir, "rmdir"))?;
+    match fs::remove_dir_all(dir) {
+        // Somebody else was faster.
+        Err(err) if err.kind() == ErrorKind::NotFound => {}
+        removed => removed.map_err(pinning(dir, "rmdir"))?,
+    }
     // The last one takes the directory of all along.
     let _ = fs::remove_dir(GATES);
     Ok(())
@@ -226,7 +234,7 @@ impl Pinned {
 /// All gates that are pinned.
 pub fn pinned() -> EbpfResult<Vec<Pinned>> {
     let entries = match fs::read_dir(GATES) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
         other => other.map_err(pinning(Path::new(GATES), "readdir"))?,
     };
     let mut found = Vec::new();
@@ -243,17 +251,17 @@ pub fn pinned() -> EbpfResult<Vec<Pinned>> {
 fn make_directory(dir: &Path) -> EbpfResult<()> {
     const ATTEMPTS: u32 = 100;
     let make = |path: &Path| match fs::create_dir(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => Err(e),
+        Err(e) if e.kind() != ErrorKind::AlreadyExists => Err(e),
         _ => Ok(()),
     };
     for _ in 0..ATTEMPTS {
         make(Path::new(GATES)).map_err(pinning(Path::new(GATES), "mkdir"))?;
         match make(dir) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
             other => return other.map_err(pinning(dir, "mkdir")),
         }
     }
-    Err(pinning(dir, "mkdir")(std::io::ErrorKind::NotFound.into()))
+    Err(pinning(dir, "mkdir")(ErrorKind::NotFound.into()))
 }
 
 fn directory(name: &str) -> PathBuf {
