@@ -7,12 +7,19 @@ use std::{
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     thread::sleep,
     time::{Duration, Instant},
 };
 
-use crate::{Program, proc, reaper::POLL, workload::workspace};
+use crate::{
+    Program, proc,
+    reaper::{self, POLL},
+    workload::workspace,
+};
 
 /// How long one call of an engine may take.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -187,16 +194,20 @@ impl Engine {
         words
     }
 
-    /// Starts the engine and kills it after `life` unless it has ended by then. Says whether it was killed.
+    /// Starts the engine and kills it after `life` unless it has ended by then. Says whether it was killed. What the engine
+    /// had begun that goes on without it (the last steps of a dump, a session) has ended as well then.
     pub fn killed_after(self, words: &[OsString], life: Duration) -> bool {
+        static CALLS: AtomicU32 = AtomicU32::new(0);
+        let mark = CALLS.fetch_add(1, Ordering::Relaxed).to_string();
         let mut command = Command::new(self.binary());
-        command.args(words).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command.args(words).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).env("E2E_CALL", &mark);
         let mut child = command.spawn().unwrap_or_else(|error| panic!("starting {command:?}: {error}"));
         sleep(life);
         let ended = child.try_wait().expect("waiting for the engine").is_some();
         if !ended {
             child.kill().expect("killing the engine");
             child.wait().expect("waiting for the killed engine");
+            wait_for_helpers(&mark);
         }
         !ended
     }
@@ -250,6 +261,21 @@ impl Engine {
         };
         Outcome { status, took, log, printed, call }
     }
+}
+
+/// Waits for the end of what a call of the engine, which was killed, has left to go on without it. Those are ours now.
+fn wait_for_helpers(mark: &str) {
+    // A session that was started for good is no helper.
+    let is_session = |pid: i32| {
+        let line = proc::cmdline(pid);
+        line.contains(" --serve") && !line.contains(" --with ")
+    };
+    let helpers = proc::children(std::process::id() as i32)
+        .into_iter()
+        .filter(|&pid| proc::has_environment(pid, "E2E_CALL", mark) && !is_session(pid))
+        .collect();
+    let left = reaper::wait_gone(&helpers, Duration::from_secs(10));
+    assert!(left.is_empty(), "what a killed engine has left does not end: {left:?}");
 }
 
 /// Checks what a restore has to have done: the same pid again, below us.

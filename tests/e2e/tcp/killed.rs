@@ -26,19 +26,26 @@ fn runs(program: &Program) -> bool {
     proc::stat(program.pid()).is_some_and(|(state, _)| state != 'Z')
 }
 
-/// Whether it runs on after its engine was killed. What dies with the engine is told of that before the engine is seen
-/// to be gone, but may take its time.
+/// Whether it runs on after its engine was killed. Who has gone on without the engine may have told it to die, and it may
+/// take its time.
 fn lives_on(program: &Program) -> bool {
     const SIGKILL: u64 = 1 << (9 - 1);
+    /// PF_EXITING of include/linux/sched.h, and where flags are behind the state in /proc/PID/stat.
+    const EXITING: i64 = 4;
+    const FLAGS: usize = 5;
     let is_told = || {
         let status = fs::read_to_string(format!("/proc/{}/status", program.pid())).unwrap_or_default();
         let pending = status.lines().filter_map(|line| line.strip_prefix("SigPnd:").or(line.strip_prefix("ShdPnd:")));
         pending.filter_map(|set| u64::from_str_radix(set.trim(), 16).ok()).any(|set| set & SIGKILL != 0)
     };
-    while runs(program) && is_told() {
-        sleep(Duration::from_millis(1));
+    let is_ending = || proc::stat(program.pid()).is_some_and(|(_, fields)| fields[FLAGS] & EXITING != 0);
+    for _ in 0..2 {
+        while runs(program) && (is_told() || is_ending()) {
+            sleep(Duration::from_millis(1));
+        }
+        // Between the one and the other.
+        sleep(Duration::from_millis(10));
     }
-    sleep(Duration::from_millis(20));
     reaper::try_reap(program.pid());
     runs(program)
 }
@@ -69,10 +76,7 @@ fn in_a_dump(row: &Row, pair: Pair, goes_on: fn(&Pair)) {
         fs::create_dir_all(&images).expect("creating a directory");
         let words = row.dumper.dump_words(&pair.program, &images, &row.options);
         span.kill(row.dumper, &words, &mut moments);
-        // What is to be killed by somebody who goes on without the engine may still be.
-        sleep(Duration::from_millis(20));
-        reaper::try_reap(pair.program.pid());
-        if runs(&pair.program) {
+        if lives_on(&pair.program) {
             wait_unharmed(&pair.program);
             assert_eq!(gates_of(&row, &pair.program, &images), [""; 0], "the program runs, and its gate is closed");
         } else {
