@@ -107,8 +107,9 @@ impl HeadStart {
         image.commit(&inventory, Lasting::Written)?;
         // The session has armed all pages before any was copied: in the freeze, the page map tells which were written since.
         let nothing: Vec<_> = lineage.tracked.iter().map(|&(pid, _)| (pid, PageSet::default())).collect();
-        let history = History::new(image, &nothing)?;
-        Ok((history, head_start))
+        let mut copied = History::new(image, &nothing)?;
+        copied.go_by(history.marks().clone());
+        Ok((copied, head_start))
     }
 
     /// How many pages were copied.

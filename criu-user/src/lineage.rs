@@ -1,6 +1,6 @@
 //! What an image builds on: the parent that the user named, and what a tracking session knows of the time since.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -13,10 +13,12 @@ use crate::image::proto::InventoryEntry;
 use crate::image::{ImageDir, ImageError};
 use crate::kernel::SysResult;
 use crate::kernel::page_set::PageSet;
+use crate::kernel::pagemap::Marks;
 use crate::kernel::proc;
 use crate::object::memory::{History, Past};
 use crate::track::TrackError;
 use crate::track::client::{Client, PATIENCE};
+use crate::track::method::Method;
 use crate::track::wire::{Begun, Tracked};
 
 /// What the user wants of memory tracking.
@@ -24,6 +26,8 @@ use crate::track::wire::{Begun, Tracked};
 pub struct Tracking {
     /// Whether a session is to track memory from here on; it is started if there is none.
     pub track_mem: bool,
+    /// By what.
+    pub method: Method,
     /// The images that these build on, as the user says it: from the images directory, if it is no absolute path.
     pub prev_images_dir: Option<PathBuf>,
     /// Whether data in the parents that these images replace is given up.
@@ -89,7 +93,13 @@ impl Lineage {
         lineage.written_per_second = begun.written_per_second();
         info!(stopped = ?lineage.stopped, "the session tells what was written");
         let mut written = Vec::new();
+        let mut marked = HashMap::new();
         for process in &begun.processes {
+            let marks = if process.soft_dirty() { Marks::SoftDirty } else { Marks::Userfaultfd };
+            if !wanted.method.admits(marks) {
+                return Err(TrackError::OtherMethod { pid: pid.as_raw() }.into());
+            }
+            marked.insert(Pid::from_raw(process.pid), marks);
             if let Some(why) = &process.untracked {
                 info!(pid = process.pid, why, "its memory is not tracked, and all of it is written");
                 lineage.untracked.push((Pid::from_raw(process.pid), why.clone()));
@@ -100,10 +110,11 @@ impl Lineage {
                 written.push((pid, pages));
             }
         }
-        let history = match parent {
+        let mut history = match parent {
             Some(parent) if builds_on(&parent, &begun.since)? => History::new(&parent, &written)?,
             _ => History::default(),
         };
+        history.go_by(marked);
         Ok((lineage, history))
     }
 
@@ -163,7 +174,7 @@ fn connect(pid: Pid, wanted: &Tracking, has_parent: bool) -> Result<Option<(Clie
     let is_end = |kind| matches!(kind, ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe);
     for n in 1.. {
         let client = match wanted.track_mem {
-            true => Some(Client::connect_or_start(pid)?),
+            true => Some(Client::connect_or_start(pid, wanted.method)?),
             false if has_parent => Client::connect(pid)?,
             false => None,
         };

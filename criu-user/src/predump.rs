@@ -178,10 +178,11 @@ pub(crate) fn copy_process(
     let image = PagesWriter::create(dir, ImageKind::Pagemap.id(shown.pid.as_raw() as u64), pages_id)?;
     let opened =
         || Ok::<_, SysError>((survey::layout_of(shown.by)?, PageMap::open(shown.by)?, ProcessMemory::open(shown.by)?));
-    let Ok((areas, mut map, memory)) = opened() else {
+    let Ok((areas, map, memory)) = opened() else {
         image.finish()?;
         return Ok(());
     };
+    let mut map = map.with_marks(clean.marks);
     observer.expects(crate::object::memory::estimate(shown.by));
     let mut copy = Copy { image, memory, observer, buffer: vec![0; PIECE as usize], skipped: 0 };
     let mut regions = Vec::new();

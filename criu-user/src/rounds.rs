@@ -11,6 +11,7 @@ use crate::observer::Observer;
 use crate::predump::{PreDumpError, PreDumpOptions, PreDumpSummary, pre_dump};
 use crate::track::TrackError;
 use crate::track::client::Client;
+use crate::track::method::Method;
 use crate::track::report::Report;
 
 /// More rounds than ever helped.
@@ -81,7 +82,7 @@ pub fn pre_dumps(
     tell: &dyn Fn(&Result<PreDumpSummary, PreDumpError>),
 ) -> Result<Rounds, RoundsError> {
     let mut rounds = Rounds { last: None, summaries: Vec::new(), predicted: Duration::ZERO };
-    let mut client = Client::connect_or_start(options.pid)?;
+    let mut client = Client::connect_or_start(options.pid, options.tracking.method)?;
     let mut report = client.report()?;
     let mut tracking = options.tracking.clone();
     // A path that is not absolute starts in the directory of the images, and theirs is one deeper.
@@ -129,13 +130,13 @@ fn too_long(rounds: &Rounds, report: &Report, limit: Duration) -> RoundsError {
 
 /// Waits for a moment in which a dump is expected to be shorter than it mostly was of late, but no longer than `deadline`.
 /// Tells whether there was one.
-pub fn wait_until_quiet(pid: Pid, deadline: Duration) -> Result<bool, TrackError> {
+pub fn wait_until_quiet(pid: Pid, method: Method, deadline: Duration) -> Result<bool, TrackError> {
     /// Reports that make a median.
     const ENOUGH: usize = 5;
     /// Reports that are still of late.
     const LATE: usize = 30;
     let begin = Instant::now();
-    let mut client = Client::connect_or_start(pid)?;
+    let mut client = Client::connect_or_start(pid, method)?;
     client.follow()?;
     let mut seen: Vec<u64> = Vec::new();
     while begin.elapsed() < deadline {

@@ -45,6 +45,15 @@ pub(crate) fn in_parent(images: &std::path::Path) -> u64 {
     number.and_then(|number| number.parse().ok()).expect("a number of pages")
 }
 
+/// Whether `check` finds something in this kernel.
+fn kernel_has(capability: &str) -> bool {
+    let engine = Engine::Ours(e2e::Survey::Proc).binary();
+    let said = std::process::Command::new(engine).args(["check", "--json"]).output().expect("starting check");
+    let found: serde_json::Value = serde_json::from_slice(&said.stdout).expect("JSON");
+    let mut rows = found["rows"].as_array().expect("rows").iter();
+    rows.any(|row| row["name"] == capability && row["status"] == "present")
+}
+
 /// How many microseconds a dump now would hold a program, by its session, which is started if need be.
 fn predicted(row: &Row, program: &Program) -> u64 {
     let dir = row.next_images(program);
@@ -114,6 +123,33 @@ rows! {
         row.dumper.dump(&program, &third, &on(&second)).expect_success();
         program.expect_gone(&tree);
         row.restore(&program, &third);
+        before.compare(&Bytes::take(&program));
+        signal(&program, Signal::SIGCONT);
+        program.finish();
+    };
+
+    /// Soft-dirty bits in place of userfaultfds, where the kernel keeps them; elsewhere that is said.
+    soft_dirty => |row| {
+        let mut program = writes("other_process").start();
+        let first = row.next_images(&program);
+        let outcome = row.dumper.dump(&program, &first, &Options::dump(&["--track-mem=soft-dirty", "-R"]));
+        if !kernel_has("soft_dirty") {
+            outcome.expect_refusal("this kernel keeps no soft-dirty bits");
+            return program.finish();
+        }
+        outcome.expect_success();
+        let parent = row.next_images(&program);
+        std::thread::sleep(Duration::from_millis(100));
+        row.dumper.pre_dump(&program, &parent, Some(&first)).expect_success();
+        std::thread::sleep(Duration::from_millis(100));
+        let before = Bytes::stop_and_take(&program);
+        let (images, tree) = (row.next_images(&program), program.tree());
+        let other = Options::dump(&["--track-mem=uffd"]);
+        row.dumper.dump(&program, &images, &other).expect_refusal("not by what --track-mem says");
+        row.dumper.dump(&program, &images, &on(&parent)).expect_success();
+        program.expect_gone(&tree);
+        assert!(in_parent(&images) > 0, "nothing was left to the parent");
+        row.restore(&program, &images);
         before.compare(&Bytes::take(&program));
         signal(&program, Signal::SIGCONT);
         program.finish();

@@ -32,7 +32,7 @@ const NO_IPTABLES: &str = "this engine holds connections by eBPF, or by nf_table
 /// The features that can be asked for.
 pub static FEATURES: &[Feature] = &[
     used("mnt_id", files::mount_id),
-    used("mem_dirty_track", uffd::tracks_writes),
+    used("mem_dirty_track", dirty_track),
     unused("aio_remap", memory::aio_ring_moves, "asynchronous I/O is refused"),
     used("timerfd", files::timer_ticks),
     unused("tun", network::tun_device, TUN),
@@ -89,6 +89,11 @@ pub struct UnknownFeature {
 /// Finds a feature by its name.
 pub fn find(name: &str) -> Result<&'static Feature, UnknownFeature> {
     FEATURES.iter().find(|feature| feature.name == name).ok_or_else(|| UnknownFeature { name: name.to_owned() })
+}
+
+/// Whether it is told which pages were written, by a userfaultfd or by soft-dirty bits.
+fn dirty_track() -> Answer {
+    uffd::tracks_writes().or_else(|absent| memory::soft_dirty().map_err(|_| absent))
 }
 
 /// 32-bit programs.

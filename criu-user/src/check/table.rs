@@ -11,7 +11,7 @@ use crate::kernel::probe::{cgroup, ebpf, files, memory, mount, network, privileg
 const ALL_RIGHTS: &str = "run as root, or give the capability (setpriv, capsh, a container's list of capabilities)";
 const OWN_ONLY: Without = Less("programs of the engine's own user");
 const NO_TCP: Without = Less("programs without TCP connections, or --tcp-close");
-const EVERY_PAGE: Without = Less("every dump writes every page");
+const BITS: Without = Less("soft-dirty bits where the kernel keeps them, else every dump writes every page");
 const NO_FILTERS: Without = Less("programs without seccomp filters");
 
 macro_rules! probes {
@@ -66,7 +66,8 @@ probes! {
             Less("programs without membarrier"), "use Linux 6.3 or later";
     }
     "memory" {
-        "pagemap_scan" memory::pagemap_scan, "find the pages that hold something", Nothing, "use Linux 6.7 or later";
+        "pagemap_scan" memory::pagemap_scan, "find the pages that hold something",
+            Same("/proc/PID/pagemap, which is read for every page there could be"), "use Linux 6.7 or later";
         "guard_regions" memory::guard_regions, "find guard regions", Less("programs without guard regions"),
             "use Linux 6.16 or later";
         "memfd" memory::memfd, "share memory with the agent", Nothing, "build with CONFIG_MEMFD_CREATE";
@@ -74,12 +75,12 @@ probes! {
             "build with CONFIG_HUGETLBFS";
         "procmap_query" memory::procmap_query, "ask for one area of a process", Same("/proc/PID/smaps"),
             "use Linux 6.11 or later";
-        "userfaultfd" uffd::userfaultfd, "track written pages", EVERY_PAGE,
+        "userfaultfd" uffd::userfaultfd, "track written pages", BITS,
             "build with CONFIG_USERFAULTFD; run with cap_sys_ptrace, or set vm.unprivileged_userfaultfd";
-        "uffd_wp_async" uffd::tracks_writes, "track written pages without stopping the writer", EVERY_PAGE,
+        "uffd_wp_async" uffd::tracks_writes, "track written pages without stopping the writer", BITS,
             "use Linux 6.7 or later with CONFIG_PTE_MARKER_UFFD_WP";
         "uffd_wp_unpopulated" grants::<{ Features::WP_UNPOPULATED.bits() }>, "track pages that do not exist yet",
-            EVERY_PAGE, "use Linux 6.4 or later";
+            BITS, "use Linux 6.4 or later";
         "uffd_wp_hugetlbfs_shmem" grants::<{ Features::WP_HUGETLBFS_SHMEM.bits() }>, "track shared memory and huge pages",
             Less("shared memory and huge pages are written whole"), "use Linux 5.19 or later";
         "soft_dirty" memory::soft_dirty, "track written pages as CRIU does", Same("userfaultfd's WP_ASYNC"),

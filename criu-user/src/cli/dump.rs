@@ -32,6 +32,7 @@ use crate::object::tcp::NetworkLock;
 use crate::outcome;
 use crate::predump::{self, PreDumpError, PreDumpOptions, PreDumpSummary};
 use crate::rounds::{self, Rounds, Until};
+use crate::track::method::Method;
 
 #[derive(Debug, Args)]
 pub(super) struct DumpArgs {
@@ -134,9 +135,9 @@ struct MomentArgs {
 
 impl MomentArgs {
     /// Waits for a quiet moment, if one is asked for.
-    fn await_quiet(&self, pid: Pid) -> Result<(), CliError> {
+    fn await_quiet(&self, pid: Pid, method: Method) -> Result<(), CliError> {
         if let Some(seconds) = self.when_quiet
-            && !rounds::wait_until_quiet(pid, Duration::from_secs(seconds))?
+            && !rounds::wait_until_quiet(pid, method, Duration::from_secs(seconds))?
         {
             tracing::warn!(seconds, "there was no quiet moment: going on now");
         }
@@ -145,7 +146,7 @@ impl MomentArgs {
 
     /// Waits, and pre-dumps, as asked.
     fn await_it(&self, options: &mut DumpOptions, watcher: &Watcher) -> Result<(), CliError> {
-        self.await_quiet(options.pid)?;
+        self.await_quiet(options.pid, options.tracking.method)?;
         let Some(limit) = self.max_freeze else { return Ok(()) };
         let base = options.images_dir.join("pre-dumps");
         std::fs::create_dir_all(&base).map_err(|source| CliError::WorkDirMake { path: base.clone(), source })?;
@@ -182,10 +183,10 @@ fn milliseconds(text: &str) -> Result<Duration, String> {
 #[derive(Debug, Args)]
 pub(super) struct TrackingArgs {
     /// Have a session track which pages are written from here on, so that the next dump can build on this one; METHOD is
-    /// auto or uffd
+    /// auto, uffd or soft-dirty
     #[arg(long, value_name = "METHOD", value_enum, num_args = 0..=1, require_equals = true,
           default_missing_value = "auto")]
-    track_mem: Option<TrackMethod>,
+    track_mem: Option<Method>,
     /// Images of the last pre-dump or dump, on which these build; a path that is not absolute starts in --images-dir
     #[arg(long, value_name = "DIR")]
     prev_images_dir: Option<PathBuf>,
@@ -199,19 +200,11 @@ impl TrackingArgs {
     fn wanted(self, always: bool) -> Tracking {
         Tracking {
             track_mem: always || self.track_mem.is_some(),
+            method: self.track_mem.unwrap_or_default(),
             prev_images_dir: self.prev_images_dir,
             auto_dedup: self.auto_dedup,
         }
     }
-}
-
-/// How writes to memory are tracked.
-#[derive(Debug, Clone, Copy, clap::ValueEnum)]
-enum TrackMethod {
-    /// What this kernel has
-    Auto,
-    /// userfaultfd(2), write protection that the kernel resolves by itself
-    Uffd,
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
@@ -341,7 +334,7 @@ pub(super) fn pre_dump(args: PreDumpArgs) -> Outcome {
         tracking: args.tracking.wanted(true),
         lasting: Lasting::OnDisk,
     };
-    args.moment.await_quiet(options.pid)?;
+    args.moment.await_quiet(options.pid, options.tracking.method)?;
     let tell = |result: &Result<PreDumpSummary, PreDumpError>| {
         told.run(Some(options.pid), &outcome::of_pre_dump(result));
     };

@@ -1,6 +1,7 @@
 //! Everything that talks to the kernel: thin, typed wrappers that own their descriptors and know nothing of images.
 //! The raw system calls, and with them `unsafe`, live here and in the agent only.
 
+mod anonymous;
 pub mod apart;
 pub mod cgroup;
 pub mod clone;

@@ -186,7 +186,7 @@ pub fn vmas_of(pid: Pid) -> SysResult<Vec<Vma>> {
                     last.flags |= *flag;
                 }
             }
-        } else if line.first().is_some_and(|b| b.is_ascii_hexdigit() && !b.is_ascii_uppercase()) {
+        } else if begins_area(line) {
             vmas.push(parse_area(line).ok_or_else(|| SysError::new("parse", &path, Errno::EBADMSG))?);
         }
     }
@@ -199,6 +199,31 @@ pub fn layout_of(pid: Pid) -> SysResult<Vec<Vma>> {
     let path = format!("/proc/{pid}/maps");
     let bytes = std::fs::read(&path).during("read", &path)?;
     parse_layout(&bytes).ok_or_else(|| SysError::new("parse", &path, Errno::EBADMSG))
+}
+
+/// Where the areas of a process are that have pages, in memory or swapped out.
+pub fn inhabited_of(pid: Pid) -> SysResult<Vec<(u64, u64)>> {
+    const COUNTS: [&[u8]; 4] = [b"Rss:", b"Swap:", b"Private_Hugetlb:", b"Shared_Hugetlb:"];
+    let path = format!("/proc/{pid}/smaps");
+    let bytes = std::fs::read(&path).during("read", &path)?;
+    let mut area = None;
+    let mut inhabited = Vec::new();
+    for line in bytes.split(|&b| b == b'\n') {
+        if begins_area(line) {
+            let vma = parse_area(line).ok_or_else(|| SysError::new("parse", &path, Errno::EBADMSG))?;
+            area = Some((vma.start, vma.end));
+        } else if let Some(count) = COUNTS.iter().find_map(|name| line.strip_prefix(*name))
+            && count.iter().any(|digit| (b'1'..=b'9').contains(digit))
+        {
+            inhabited.extend(area.take());
+        }
+    }
+    Ok(inhabited)
+}
+
+/// Whether a line of smaps is the first one of an area: the others begin with a name.
+fn begins_area(line: &[u8]) -> bool {
+    line.first().is_some_and(|b| b.is_ascii_hexdigit() && !b.is_ascii_uppercase())
 }
 
 /// The areas in the text of /proc/PID/maps, ascending. The kernel gives it in pieces, and a program that runs may change its

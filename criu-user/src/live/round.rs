@@ -23,6 +23,7 @@ use crate::observer::Observer;
 use crate::predump::{PreDumpError, PreDumpOptions, pre_dump};
 use crate::track::TrackError;
 use crate::track::client::{self, Client, Started};
+use crate::track::method::Method;
 use crate::track::report::Report;
 
 /// Where the images of that round are, from the directory of the dump. What was written during the round comes beside it
@@ -72,7 +73,7 @@ impl Round {
 
     fn try_make(options: &DumpOptions, observer: &dyn Observer) -> Result<Self, PreDumpError> {
         let pid = options.pid;
-        let hired = if !options.tracking.track_mem && hire(pid)? { Some(pid) } else { None };
+        let hired = if !options.tracking.track_mem && hire(pid, options.tracking.method)? { Some(pid) } else { None };
         let images_dir = options.images_dir.join(PLACE);
         fs::create_dir_all(&images_dir).map_err(|source| failed(&images_dir, source))?;
         let mut round = Self { stopped: Duration::ZERO, images_dir: images_dir.clone(), kept: false, hired };
@@ -80,7 +81,7 @@ impl Round {
             pid,
             images_dir,
             work_dir: options.work_dir.clone(),
-            tracking: Tracking { track_mem: true, ..Tracking::default() },
+            tracking: Tracking { track_mem: true, method: options.tracking.method, ..Tracking::default() },
             // The dump brings it to disk with itself.
             lasting: Lasting::Written,
         };
@@ -120,8 +121,9 @@ fn is_built_on(options: &DumpOptions) -> Result<bool, TrackError> {
 
 /// Starts a session that ends with us, however we do, and tells whether it did: not if there is one already. For memory it
 /// needs no eBPF programs, and nobody asks it for anything else.
-fn hire(pid: Pid) -> Result<bool, TrackError> {
-    let words = ["--with".into(), std::process::id().to_string().into(), "--no-ebpf".into()];
+fn hire(pid: Pid, method: Method) -> Result<bool, TrackError> {
+    let mut words = vec!["--with".into(), std::process::id().to_string().into(), "--no-ebpf".into()];
+    words.extend(method.words());
     while session(pid)?.is_none() {
         if client::start(pid, &words)? == Started::New {
             return Ok(true);

@@ -46,7 +46,7 @@ impl Pages {
     /// Counts those of a process, of which `clean` are in the parent images.
     fn count(shown: Shown, mut clean: Clean<'_>) -> SysResult<Self> {
         let mut pages = Self::default();
-        let mut map = PageMap::open(shown.by)?;
+        let mut map = PageMap::open(shown.by)?.with_marks(clean.marks);
         let mut regions = Vec::new();
         // The page map ends before the last one.
         let has_pages = |area: &&Vma| has_own_pages(area) && area.special() != Some("[vsyscall]");

@@ -9,6 +9,7 @@ use nix::unistd::Pid;
 use prost::Message;
 
 use super::TrackError;
+use super::method::Method;
 use super::report::Report;
 use super::wire::{self, Answer, Ask, Begun, Empty, Reply, Request};
 use crate::metrics::Run;
@@ -38,13 +39,13 @@ impl Client {
         }
     }
 
-    /// Connects to the session, or starts one that goes on by itself.
-    pub fn connect_or_start(root: Pid) -> Result<Self, TrackError> {
+    /// Connects to the session, or starts one that goes on by itself and tracks memory by `method`.
+    pub fn connect_or_start(root: Pid, method: Method) -> Result<Self, TrackError> {
         loop {
             if let Some(client) = Self::connect(root)? {
                 return Ok(client);
             }
-            if start(root, &[])? == Started::New {
+            if start(root, &method.words())? == Started::New {
                 return Self::connect(root)?.ok_or(TrackError::NoSession { pid: root.as_raw() });
             }
         }

@@ -4,6 +4,9 @@
 //! runs. What looks have found is kept in a set until an image takes it. Pages of areas that are not registered yet (new
 //! ones, ones that were moved, all after execve(2)) are in no look, and whoever reads the page map at the end sees that
 //! they cannot be trusted; the next look registers them, and counts all that is in them as written.
+//!
+//! Soft-dirty bits need no registering, but cannot be read and cleared in one step: they are cleared for an image only, while
+//! the process stands still.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -15,7 +18,7 @@ use super::install::install;
 use super::report::RECENT;
 use crate::freeze::{self, Frozen, Release};
 use crate::kernel::page_set::PageSet;
-use crate::kernel::pagemap::{PageKind, PageMap, Query, Region};
+use crate::kernel::pagemap::{Marks, PageKind, PageMap, Query, Region};
 use crate::kernel::proc::{KeyValues, Shown};
 use crate::kernel::survey::{self, VmFlags, Vma};
 use crate::kernel::uffd::{Registered, WriteWatch};
@@ -28,6 +31,15 @@ const UNTRACKED: Query = Query {
     inverted: PageKind::PFN_ZERO.union(PageKind::WP_ALLOWED),
     report: PageKind::empty(),
 };
+
+/// What a look is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// To tell what is written.
+    Report,
+    /// An image, whose successor is to find what is written from here on. With soft-dirty bits, the tree stands still.
+    Image,
+}
 
 /// What one look found.
 #[derive(Debug, Default, Clone, Copy)]
@@ -60,7 +72,11 @@ pub struct Memory {
     pub untracked: Option<String>,
     /// How many areas it had in the last look.
     pub areas: u64,
+    /// What tells which pages were written.
+    pub marks: Marks,
     watch: Option<WriteWatch>,
+    /// Pages whose soft-dirty bits the last look has found; `None` before the first.
+    seen: Option<PageSet>,
     /// Written since the last image.
     written: PageSet,
     /// Handed over for an image that is not complete yet.
@@ -73,13 +89,15 @@ pub struct Memory {
 
 impl Memory {
     /// Begins with a process of which nothing is known yet.
-    pub fn new(pid: Pid, start_time: u64) -> Self {
+    pub fn new(pid: Pid, start_time: u64, marks: Marks) -> Self {
         Self {
             pid,
             start_time,
             untracked: None,
             areas: 0,
+            marks,
             watch: None,
+            seen: None,
             written: PageSet::default(),
             pending: None,
             recent: VecDeque::new(),
@@ -88,9 +106,16 @@ impl Memory {
     }
 
     /// Looks once. Nothing is found in a process that has ended.
-    pub fn look(&mut self) -> Result<Look, TrackError> {
+    pub fn look(&mut self, purpose: Purpose) -> Result<Look, TrackError> {
+        let Some(shown) = Shown::find(self.pid) else { return Ok(Look::default()) };
+        match self.marks {
+            Marks::Userfaultfd => self.look_with_watch(shown),
+            Marks::SoftDirty => self.look_at_bits(shown, purpose),
+        }
+    }
+
+    fn look_with_watch(&mut self, shown: Shown) -> Result<Look, TrackError> {
         let mut look = Look::default();
-        let Some(shown) = Shown::find(self.pid) else { return Ok(look) };
         let mut latest = PageSet::default();
         let mut is_first = false;
         let mut map = PageMap::open(shown.by)?;
@@ -160,15 +185,52 @@ impl Memory {
         self.written.unite(&latest);
         if is_first {
             self.recent.clear();
+        } else {
+            self.remember(latest, &mut look);
+        }
+        Ok(look)
+    }
+
+    fn look_at_bits(&mut self, shown: Shown, purpose: Purpose) -> Result<Look, TrackError> {
+        let mut look = Look::default();
+        let mut map = PageMap::open(shown.by)?.with_marks(Marks::SoftDirty);
+        self.untracked = own_userfaultfd(shown.by);
+        if self.untracked.is_some() {
+            self.seen = None;
             return Ok(look);
         }
+        if self.seen.is_none() {
+            // Somebody may have cleared bits before.
+            self.find_untracked(shown.by, &mut PageMap::open(shown.by)?)?;
+            self.written.add_regions(&self.regions);
+        } else {
+            self.areas = survey::layout_of(shown.by)?.len() as u64;
+        }
+        self.regions.clear();
+        // After execve(2) all pages are new, and have their bits.
+        match purpose {
+            Purpose::Report => map.find_written(&mut self.regions)?,
+            Purpose::Image => map.fetch_written(&mut self.regions)?,
+        }
+        let mut latest = PageSet::default();
+        latest.add_regions(&self.regions);
+        self.written.unite(&latest);
+        let now = if purpose == Purpose::Image { PageSet::default() } else { latest.clone() };
+        if let Some(seen) = self.seen.replace(now) {
+            latest.subtract(&seen);
+            self.remember(latest, &mut look);
+        }
+        Ok(look)
+    }
+
+    /// Remembers what was written since the look before.
+    fn remember(&mut self, latest: PageSet, look: &mut Look) {
         look.written = latest.len();
         look.again = self.recent.back().map_or(0, |before| latest.common(before));
         if self.recent.len() == RECENT {
             self.recent.pop_front();
         }
         self.recent.push_back(latest);
-        Ok(look)
     }
 
     /// Two who look at the same pages would take them from each other: what one of them has found written, and armed, the
@@ -234,9 +296,12 @@ impl Memory {
         Ok(true)
     }
 
-    /// Whether it is tracked now: not if it has called execve(2) since it was looked at.
+    /// Whether it is tracked now: by a userfaultfd not if it has called execve(2) since it was looked at.
     pub fn is_watched(&self) -> bool {
-        self.watch.as_ref().is_some_and(WriteWatch::has_memory)
+        match self.marks {
+            Marks::Userfaultfd => self.watch.as_ref().is_some_and(WriteWatch::has_memory),
+            Marks::SoftDirty => self.seen.is_some(),
+        }
     }
 
     /// Takes what was written since the last image, for the next one.
@@ -296,7 +361,7 @@ fn stretches(areas: &[Vma]) -> Vec<(u64, u64)> {
 }
 
 /// How long a process may take to stand still: as long as a read from a disk.
-const STILL: Duration = Duration::from_secs(2);
+pub(super) const STILL: Duration = Duration::from_secs(2);
 
 /// How long a session that was killed may take to be gone: the kernel goes over all the pages that were protected.
 const GOING: Duration = Duration::from_millis(500);

@@ -9,6 +9,7 @@ pub mod export;
 mod install;
 mod measures;
 pub mod memory;
+pub mod method;
 pub mod predict;
 mod recorder;
 pub mod refusals;
@@ -55,6 +56,19 @@ pub enum TrackError {
     /// There is a session already.
     #[error("process {pid} is tracked already: somebody else's session has just begun; try again to join it")]
     Tracked {
+        /// The root of the tree.
+        pid: i32,
+    },
+    /// The kernel does not do what was asked for.
+    #[error(
+        "this kernel keeps no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY); track memory with --track-mem=uffd, or leave the choice to --track-mem=auto"
+    )]
+    NoSoftDirty,
+    /// A session tracks in another way than is wanted.
+    #[error(
+        "process {pid} is tracked already, but not by what --track-mem says; end that with `criu-ebpf track --stop {pid}` first"
+    )]
+    OtherMethod {
         /// The root of the tree.
         pid: i32,
     },

@@ -70,6 +70,7 @@ impl Recorder {
             calls: statement.calls,
             sockets: statement.sockets,
             has_image: false,
+            soft_dirty: false,
             ends_with: None,
             predicted_freeze_us: 0,
             suspicious: calls.iter().filter(|call| !explains(call)).cloned().collect(),

@@ -47,6 +47,8 @@ pub struct Report {
     pub sockets: SocketsReport,
     /// Whether there is an image that the next can build on.
     pub has_image: bool,
+    /// Whether soft-dirty bits tell which pages were written, and not userfaultfds.
+    pub soft_dirty: bool,
     /// The process with which the session ends, if it was begun for that alone: a live dump.
     pub ends_with: Option<i32>,
     /// How long a dump now would hold the tree, in microseconds.

@@ -28,7 +28,8 @@ use tokio_util::codec::{Framed, LengthDelimitedCodec};
 use super::TrackError;
 use super::export::{Exporter, MetricsOptions};
 use super::measures::Measures;
-use super::memory::Memory;
+use super::memory::{Memory, Purpose};
+use super::method::Method;
 use super::predict::{self, Costs, Measured, Shape};
 use super::recorder::Recorder;
 use super::report::Report;
@@ -37,6 +38,7 @@ use super::wire::{self, Answer, Ask, Begun, Confirmed, Empty, Reply, Request, Tr
 use super::witness::{News, Witness};
 use crate::freeze;
 use crate::kernel::kept;
+use crate::kernel::pagemap::Marks;
 use crate::kernel::pidfd::PidFd;
 use crate::kernel::survey::PAGE;
 
@@ -61,6 +63,8 @@ pub struct SessionOptions {
     pub root: Pid,
     /// Wanted time between looks; where looks or their faults would cost too much, it is longer.
     pub interval: Duration,
+    /// What tells which pages were written.
+    pub method: Method,
     /// Whether eBPF programs are used, where they can be.
     pub ebpf: bool,
     /// What SIGINT and SIGTERM do.
@@ -142,7 +146,7 @@ impl Drop for SocketFile {
 impl Session {
     /// Begins: from here on, commands find it. Needs a tokio runtime.
     pub fn begin(options: SessionOptions) -> Result<Self, TrackError> {
-        let tree = Tree::new(options.root)?;
+        let tree = Tree::new(options.root, options.method.marks()?)?;
         let pidfd = PidFd::open(options.root)?;
         let (listener, socket) = listen(options.root)?;
         let root = pidfd.into_async().map_err(|source| TrackError::Socket { path: socket.0.clone(), source })?;
@@ -347,11 +351,11 @@ impl Shared {
     }
 
     /// Looks at the tree.
-    fn look(&self, belief: Belief) -> TreeLook {
+    fn look(&self, belief: Belief, purpose: Purpose) -> TreeLook {
         self.hear();
         let mut witness = self.witness.borrow_mut();
         let belief = if witness.tells_of_lifecycle() { belief } else { Belief::Seen };
-        let found = self.tree.borrow_mut().look(belief);
+        let found = self.tree.borrow_mut().look(belief, purpose);
         // Those that nobody told of are followed from here on; those that belong to others now are not.
         found.met.iter().for_each(|&pid| witness.follow(pid));
         found.left.iter().for_each(|&pid| witness.forget(pid));
@@ -362,7 +366,7 @@ impl Shared {
     /// Looks at the tree, and reports.
     fn report(&self, belief: Belief) {
         let begin = Instant::now();
-        let found = self.look(belief);
+        let found = self.look(belief, Purpose::Report);
         let took = begin.elapsed();
         let mut witness = self.witness.borrow_mut();
         witness.be_watched(self.reports.receiver_count() > 0);
@@ -370,6 +374,7 @@ impl Shared {
         let mut report = self.recorder.borrow_mut().report(&self.tree.borrow(), &found, &mut witness, begin, took);
         report.has_image = !self.since.borrow().is_empty();
         report.ends_with = self.ends_with;
+        report.soft_dirty = self.tree.borrow().marks() == Marks::SoftDirty;
         report.predicted_freeze_us = self.predict(&self.tree.borrow(), &report).as_micros() as u64;
         self.last_look.set(Some(begin));
         if report.lost.lifecycle != lost_before {
@@ -415,7 +420,7 @@ impl Shared {
 
     /// Hands over what was written since the last image. Nothing is reported: whoever makes an image waits.
     fn cut(&self) -> Begun {
-        let found = self.look(Belief::Seen);
+        let found = self.look(Belief::Seen, Purpose::Image);
         self.tree.borrow_mut().carry(&found);
         let mut tree = self.tree.borrow_mut();
         let processes = tree
@@ -426,6 +431,7 @@ impl Shared {
                 start_time: memory.start_time,
                 written: memory.cut().to_bytes(),
                 untracked: memory.untracked.clone(),
+                soft_dirty: Some(memory.marks == Marks::SoftDirty),
             })
             .collect();
         Begun {

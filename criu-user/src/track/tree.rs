@@ -10,9 +10,11 @@ use std::time::Duration;
 use nix::unistd::Pid;
 
 use super::TrackError;
-use super::memory::{Look, Memory};
+use super::memory::{Look, Memory, Purpose, STILL};
 use super::witness::News;
+use crate::freeze::{self, Frozen, Release};
 use crate::kernel::cgroup::members;
+use crate::kernel::pagemap::Marks;
 use crate::kernel::proc;
 use crate::kernel::sys::{Compare, kcmp};
 
@@ -21,6 +23,7 @@ use crate::kernel::sys::{Compare, kcmp};
 pub struct Tree {
     root: Pid,
     root_start: u64,
+    marks: Marks,
     /// By pid.
     pub processes: BTreeMap<Pid, Memory>,
     /// Who is whose parent.
@@ -67,12 +70,13 @@ impl TreeLook {
 }
 
 impl Tree {
-    /// The tree below `root`.
-    pub fn new(root: Pid) -> Result<Self, TrackError> {
+    /// The tree below `root`, whose writes `marks` tell of.
+    pub fn new(root: Pid, marks: Marks) -> Result<Self, TrackError> {
         let stat = proc::stat(root, None).map_err(|_| TrackError::NoProcess { pid: root.as_raw() })?;
         Ok(Self {
             root,
             root_start: stat.start_time,
+            marks,
             processes: BTreeMap::new(),
             parents: BTreeMap::new(),
             unmet: BTreeSet::new(),
@@ -90,6 +94,11 @@ impl Tree {
     /// When its root began, in clock ticks since boot.
     pub fn root_start(&self) -> u64 {
         self.root_start
+    }
+
+    /// What tells of its writes.
+    pub fn marks(&self) -> Marks {
+        self.marks
     }
 
     /// The parent of a process of the tree.
@@ -144,7 +153,7 @@ impl Tree {
         let new: BTreeSet<Pid> = std::mem::take(&mut self.executed);
         for pid in new {
             let Some(memory) = self.processes.get_mut(&pid) else { continue };
-            let look = look_at(memory).unwrap_or_default();
+            let look = look_at(memory, Purpose::Report).unwrap_or_default();
             longest = longest.max(look.stopped);
             self.early.entry(pid).or_default().written += look.written;
         }
@@ -160,7 +169,7 @@ impl Tree {
 
     /// Looks at every process once: new ones are met, those that have ended forgotten. A process that cannot be looked at
     /// counts as written, and says why.
-    pub fn look(&mut self, belief: Belief) -> TreeLook {
+    pub fn look(&mut self, belief: Belief, purpose: Purpose) -> TreeLook {
         let mut found = TreeLook::default();
         if self.is_doubtful || belief == Belief::Seen {
             self.walk(&mut found);
@@ -169,8 +178,12 @@ impl Tree {
         self.meet();
         self.executed.clear();
         let early = std::mem::take(&mut self.early);
+        let still = if purpose == Purpose::Image { self.stand_still() } else { BTreeMap::new() };
+        let is_ready = |pid| self.marks == Marks::Userfaultfd || still.contains_key(&pid);
         for (&pid, memory) in &mut self.processes {
-            let Some(mut look) = look_at(memory) else { continue };
+            // The bits of a process that was not to be had stay for the image after this one.
+            let purpose = if is_ready(pid) { purpose } else { Purpose::Report };
+            let Some(mut look) = look_at(memory, purpose) else { continue };
             if let Some(before) = early.get(&pid) {
                 look.written += before.written;
             }
@@ -178,7 +191,26 @@ impl Tree {
             found.stopped = found.stopped.max(look.stopped);
             found.looks.insert(pid, look);
         }
+        for frozen in still.into_values() {
+            found.stopped = found.stopped.max(frozen.release(Release::Resume));
+        }
         found
+    }
+
+    /// Stops all processes, where soft-dirty bits are to be cleared: one that is just writing to the memory of another
+    /// (process_vm_writev(2)) would write to a page that was looked at before.
+    fn stand_still(&self) -> BTreeMap<Pid, Frozen> {
+        if self.marks == Marks::Userfaultfd {
+            return BTreeMap::new();
+        }
+        let stop = |&pid: &Pid| match freeze::freeze_alone(pid, STILL) {
+            Ok(frozen) => Some((pid, frozen)),
+            Err(err) => {
+                tracing::debug!(pid = pid.as_raw(), %err, "it does not stand still");
+                None
+            }
+        };
+        self.processes.keys().filter_map(stop).collect()
     }
 
     /// Asks /proc which processes there are.
@@ -211,7 +243,7 @@ impl Tree {
                 self.unmet.insert(pid);
                 continue;
             }
-            self.processes.insert(pid, Memory::new(pid, stat.start_time));
+            self.processes.insert(pid, Memory::new(pid, stat.start_time, self.marks));
             self.executed.insert(pid);
         }
     }
@@ -231,7 +263,7 @@ pub fn roots_in(group: &Path) -> Result<Vec<Pid>, TrackError> {
     if roots.is_empty() { Err(TrackError::EmptyGroup { path: group.to_owned() }) } else { Ok(roots) }
 }
 
-fn look_at(memory: &mut Memory) -> Option<Look> {
-    let look = memory.look();
+fn look_at(memory: &mut Memory, purpose: Purpose) -> Option<Look> {
+    let look = memory.look(purpose);
     look.inspect_err(|err| tracing::debug!(pid = memory.pid.as_raw(), %err, "its memory could not be looked at")).ok()
 }

@@ -24,6 +24,7 @@ use crate::kernel::fd;
 use crate::kernel::pidfd::PidFd;
 use crate::track::TrackError;
 use crate::track::client::{self, Client, Started};
+use crate::track::method::Method;
 use crate::track::report::Report;
 use crate::track::session::{End, Session, SessionOptions, Signals};
 use crate::track::tree::roots_in;
@@ -62,6 +63,9 @@ pub(super) struct TrackArgs {
     /// End the session that tracks this tree
     #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..), conflicts_with = "pid")]
     stop: Option<i32>,
+    /// What tells which pages were written; METHOD is auto, uffd or soft-dirty
+    #[arg(long, value_name = "METHOD", value_enum, default_value_t = Method::Auto, hide_possible_values = true)]
+    track_mem: Method,
     /// Do without eBPF programs
     #[arg(long)]
     no_ebpf: bool,
@@ -149,6 +153,7 @@ async fn serve(root: Pid, args: &TrackArgs) -> Result<End, TrackError> {
 fn detach(roots: &[Pid], args: &TrackArgs) -> Outcome {
     let mut words: Vec<OsString> = vec!["--interval".into(), args.interval.to_string().into()];
     words.extend(args.no_ebpf.then(|| "--no-ebpf".into()));
+    words.extend(args.track_mem.words());
     for &root in roots {
         if Client::connect(root)?.is_some() {
             args.metrics.refuse_for(root)?;
@@ -167,6 +172,7 @@ impl TrackArgs {
         Ok(SessionOptions {
             root,
             interval: Duration::from_millis(self.interval),
+            method: self.track_mem,
             ebpf: !self.no_ebpf,
             signals: if self.command.is_empty() { Signals::End } else { Signals::Elsewhere },
             ends_with: self.with,

@@ -12,51 +12,19 @@ use nix::unistd::Pid;
 
 use super::helper::Helper;
 use super::{Absent, Answer, apart, ensure};
-use crate::kernel::SysResult;
-use crate::kernel::error::{During, SysError};
+use crate::kernel::anonymous::Pages;
+use crate::kernel::error::During;
 use crate::kernel::pagemap::{PageKind, PageMap, Query};
 use crate::kernel::survey::PAGE;
 
-/// Anonymous private memory, unmapped when dropped.
-pub(super) struct Pages {
-    pub(super) start: u64,
-    pub(super) len: u64,
-}
-
-impl Pages {
-    pub(super) fn new(count: u64) -> SysResult<Self> {
-        let len = count * PAGE;
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-        // SAFETY: the kernel chooses a place where nothing is.
-        let at = unsafe { libc::mmap(std::ptr::null_mut(), len as usize, protection, flags, -1, 0) };
-        if at == libc::MAP_FAILED {
-            return Err(SysError::new("mmap", format!("{len} bytes"), Errno::last()));
-        }
-        Ok(Self { start: at.addr() as u64, len })
-    }
-
-    /// Writes to one page.
-    pub(super) fn touch(&self, page: u64) {
-        assert!(page * PAGE < self.len, "one of these pages");
-        // SAFETY: the page is ours, mapped and writable.
-        unsafe { std::ptr::with_exposed_provenance_mut::<u8>((self.start + page * PAGE) as usize).write_volatile(1) };
-    }
-}
-
-impl Drop for Pages {
-    fn drop(&mut self) {
-        // SAFETY: our own mapping, to which nobody holds a reference.
-        unsafe { libc::munmap(std::ptr::with_exposed_provenance_mut(self.start as usize), self.len as usize) };
-    }
-}
-
 /// The runs of pages of one kind.
-fn scan(pages: &Pages, kind: PageKind) -> SysResult<Vec<(u64, u64)>> {
+fn scan(pages: &Pages, kind: PageKind) -> Result<Vec<(u64, u64)>, Absent> {
     let none = PageKind::empty();
     let mut found = Vec::new();
     let query = Query { all: kind, any: none, inverted: none, report: kind };
-    PageMap::open(Pid::this())?.scan(pages.start, pages.start + pages.len, query, &mut found)?;
+    let mut map = PageMap::open(Pid::this())?;
+    map.scan(pages.start, pages.start + pages.len, query, &mut found)?;
+    ensure(map.has_scan(), "there is no such ioctl")?;
     Ok(found.iter().map(|region| ((region.start - pages.start) / PAGE, (region.end - pages.start) / PAGE)).collect())
 }
 

@@ -5,8 +5,8 @@ use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;
 
-use super::memory::Pages;
 use super::{Answer, ensure};
+use crate::kernel::anonymous::Pages;
 use crate::kernel::error::During;
 use crate::kernel::pagemap::{PAGEMAP_SCAN, PageKind, Region, ScanArg};
 use crate::kernel::survey::PAGE;

@@ -103,6 +103,16 @@ impl LookAhead {
         Ok(Some(take_of(&mut self.found, vma.start, self.at)))
     }
 
+    /// Arms what could not be armed in the step that found it. All areas have been asked for.
+    pub(super) fn finish(&mut self) -> Result<(), ObjectError> {
+        let begin = Instant::now();
+        if self.how == How::Arming {
+            self.map.clear()?;
+        }
+        self.took += begin.elapsed();
+        Ok(())
+    }
+
     /// How long the page map was read so far.
     pub(super) fn took(&self) -> Duration {
         self.took

@@ -64,7 +64,8 @@ impl Snapshot {
         let mut copy = guest.copy(orphans, busy)?;
         give_up_shared(&mut copy, vmas)?;
         // A copy has no marks of what was written.
-        let clean = cx.past.arm(process.pid, &mut PageMap::open(process.shown.by)?, vmas)?;
+        let mut map = PageMap::open(process.shown.by)?.with_marks(cx.past.history.marks_of(process.pid));
+        let clean = cx.past.arm(process.pid, &mut map, vmas)?;
         Ok(Self { copy, vmas: vmas.to_vec(), kept, clean, by_itself })
     }
 

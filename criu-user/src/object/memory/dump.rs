@@ -100,7 +100,7 @@ pub fn dump_private(
     let pid = guest.pid();
     let memory =
         process.memory.as_ref().ok_or_else(|| ObjectError::contradiction(format!("pid {pid} has no memory")))?;
-    let pages = PageMap::open(process.shown.by)?;
+    let pages = PageMap::open(process.shown.by)?.with_marks(cx.past.history.marks_of(pid));
     let how = if cx.past.arms.contains(&pid) { How::Arming } else { How::Looking };
     let prepared = cx.past.prepared.take(process.shown.by);
     let image = PagesWriter::create_with(cx.dir, ImageKind::Pagemap.id(pid.as_raw() as u64), pages_id, prepared)?;
@@ -110,6 +110,7 @@ pub fn dump_private(
     let mut work = Work { copy, clean, by_itself, guards };
     let mut ahead = LookAhead::new(pages, vmas, how);
     let scanned = work.write(vmas, &mut ahead)?;
+    ahead.finish()?;
     debug!(pid = pid.as_raw(), scanning_us = ahead.took().as_micros() as u64, "its page map is read");
     let PageCounts { present: written, in_parent } = work.copy.finish()?;
     Ok(Pages { scanned, written, in_parent })

@@ -13,8 +13,8 @@ use super::prepare::Prepared;
 use crate::image::{ImageDir, ImageError, PageStore};
 use crate::kernel::SysResult;
 use crate::kernel::page_set::PageSet;
-use crate::kernel::pagemap::{PageKind, PageMap, Query, Region};
-use crate::kernel::survey::{PAGE, Vma};
+use crate::kernel::pagemap::{Marks, PageKind, PageMap, Query, Region};
+use crate::kernel::survey::{PAGE, VmFlags, Vma};
 
 use super::area::is_private;
 
@@ -22,6 +22,8 @@ use super::area::is_private;
 #[derive(Debug, Default)]
 pub struct History {
     clean: HashMap<i32, Vec<(u64, u64)>>,
+    /// What tells whose pages were written.
+    marks: HashMap<Pid, Marks>,
 }
 
 impl History {
@@ -41,7 +43,22 @@ impl History {
             pages.subtract(written);
             clean.insert(pid.as_raw(), pages.ranges());
         }
-        Ok(Self { clean })
+        Ok(Self { clean, ..Self::default() })
+    }
+
+    /// Says what tells whose pages were written.
+    pub fn go_by(&mut self, marks: HashMap<Pid, Marks>) {
+        self.marks = marks;
+    }
+
+    /// What tells whose pages were written.
+    pub fn marks(&self) -> &HashMap<Pid, Marks> {
+        &self.marks
+    }
+
+    /// What tells which pages of a process were written.
+    pub fn marks_of(&self, pid: Pid) -> Marks {
+        self.marks.get(&pid).copied().unwrap_or_default()
     }
 
     /// Whether there is anything to build on.
@@ -66,7 +83,8 @@ impl History {
 
     /// What is known of one process.
     pub fn of(&self, pid: Pid) -> Clean<'_> {
-        Clean { ranges: self.clean.get(&pid.as_raw()).map_or(&[], Vec::as_slice) }
+        let ranges = self.clean.get(&pid.as_raw()).map_or(&[][..], Vec::as_slice);
+        Clean { ranges, marks: self.marks_of(pid) }
     }
 }
 
@@ -87,6 +105,8 @@ pub struct Past {
 #[derive(Debug)]
 pub struct Clean<'h> {
     ranges: &'h [(u64, u64)],
+    /// What tells which of them were written since.
+    pub marks: Marks,
 }
 
 /// Where the data of some pages is to be found.
@@ -105,7 +125,7 @@ pub struct CleanNow(Vec<(u64, u64)>);
 impl CleanNow {
     /// To be walked through.
     pub fn walk(&self) -> Clean<'_> {
-        Clean { ranges: &self.0 }
+        Clean { ranges: &self.0, marks: Marks::default() }
     }
 }
 
@@ -125,8 +145,13 @@ impl Past {
         let mut not_clean = Vec::new();
         map.fetch_written(&mut not_clean)?;
         let Some(ranges) = self.history.clean.get(&pid.as_raw()) else { return Ok(CleanNow::default()) };
+        let is_soft_dirty = self.history.marks_of(pid) == Marks::SoftDirty;
         for vma in vmas.iter().filter(|vma| is_private(vma)) {
             map.scan(vma.start, vma.end, UNTRACKED, &mut not_clean)?;
+            // Nobody clears the bits of these pages, and not every kernel shows them (fs/proc/task_mmu.c).
+            if is_soft_dirty && vma.flags.contains(VmFlags::HUGETLB) {
+                not_clean.push(Region { start: vma.start, end: vma.end, categories: 0 });
+            }
         }
         let (mut clean, mut others) = (PageSet::default(), PageSet::default());
         ranges.iter().for_each(|&(start, end)| clean.add(start, end));
@@ -169,7 +194,7 @@ mod tests {
     use super::*;
 
     fn split(ranges: &[(u64, u64)], regions: &[(u64, u64, PageKind)]) -> Vec<(u64, u64, Place)> {
-        let mut clean = Clean { ranges };
+        let mut clean = Clean { ranges, marks: Marks::default() };
         let mut parts = Vec::new();
         for &(start, end, kind) in regions {
             clean.split(Region { start, end, categories: kind.bits() }, |part, place| {
