@@ -1,8 +1,10 @@
-//! The one entry point: `cargo xtask setup | build | lint | test | soak | demo | …`.
+//! The one entry point: `cargo xtask setup | build | lint | test | kernel | soak | demo | …`.
 
 mod bench;
 mod build;
+mod debian;
 mod demo;
+mod kernel;
 mod lint;
 mod peer;
 mod process;
@@ -24,6 +26,7 @@ const TASKS: &[Task] = &[
     Task { name: "build", about: build::ABOUT, run: build::run },
     Task { name: "lint", about: lint::ABOUT, run: lint::run },
     Task { name: "test", about: test::ABOUT, run: test::run },
+    Task { name: "kernel", about: kernel::ABOUT, run: kernel::run },
     Task { name: "soak", about: soak::ABOUT, run: soak::run },
     Task { name: "demo", about: demo::ABOUT, run: demo::run },
     Task { name: "peer", about: "unpack CRIU beside the system, for comparison", run: peer::run },

@@ -52,6 +52,13 @@ const FOR_TESTS: &[(&str, &str)] = &[
     ("tmux", "a program that is dumped, and the terminal of the screen"),
 ];
 
+const FOR_KERNELS: &[(&str, &str)] = &[
+    ("busybox-static", "begins in a virtual machine"),
+    ("cpio", "packs what a virtual machine begins with"),
+    ("kmod", "finds the modules that a kernel needs"),
+    ("qemu-system-x86", "is a virtual machine"),
+];
+
 /// Those that bring a service which would start at the next boot, and which only a test needs.
 const SERVICES: &[&str] = &["prometheus"];
 
@@ -74,6 +81,11 @@ pub fn build_only() -> Result<()> {
     install(FOR_BUILD)?;
     bpf_toolchain()?;
     bpf_linker()
+}
+
+/// What `cargo xtask kernel` needs besides.
+pub fn for_kernels() -> Result<()> {
+    install(FOR_KERNELS)
 }
 
 /// What `cargo xtask test` needs.

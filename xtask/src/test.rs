@@ -5,7 +5,7 @@ use anyhow::Result;
 use crate::process::{cargo, engine, run as run_command};
 
 /// One line for the list of tasks.
-pub const ABOUT: &str = "unit tests, then end-to-end tests (as root); arguments go to the latter's runner";
+pub const ABOUT: &str = "unit tests, then end-to-end tests (as root), some on other kernels; arguments go to the latter's runner, here alone";
 
 /// Installs what is missing, and builds the release engine first: the end-to-end tests drive that binary.
 pub fn run(args: &[String]) -> Result<()> {
@@ -17,6 +17,9 @@ pub fn run(args: &[String]) -> Result<()> {
     // Those that are left out where there is no root, or no eBPF.
     for test in ["ebpf_survey", "ebpf_watch", "ebpf_pending", "ebpf_touched", "ebpf_numbers"] {
         run_command(cargo().args(["test", "--package", "criu-user", "--test", test, "--", "--ignored"]))?;
+    }
+    if args.is_empty() {
+        crate::kernel::on_all()?;
     }
     // Two at a time: they measure times and fill memory. Last, so that the runner's summary ends the output; `--tests`
     // because an empty run of documentation tests would end it otherwise.
