@@ -19,8 +19,6 @@ bitflags::bitflags! {
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     struct Entry: u64 {
         const SOFT_DIRTY = 1 << 55;
-        /// Nobody else has this page.
-        const EXCLUSIVE = 1 << 56;
         /// Of a file, or shared memory.
         const FILE = 1 << 61;
         const SWAPPED = 1 << 62;
@@ -124,8 +122,9 @@ impl Entries {
                 continue;
             }
             let mut kind = kind_of(entry);
-            if entry.contains(Entry::PRESENT) && !entry.intersects(Entry::FILE | Entry::EXCLUSIVE) {
-                kind.set(PageKind::PFN_ZERO, self.is_zeros(page, bits & FRAME, &mut huge)?);
+            // Nobody's content; the huge one looks as if it were a file's.
+            if entry.contains(Entry::PRESENT) && self.is_zeros(page, bits & FRAME, &mut huge)? {
+                kind = kind - PageKind::FILE | PageKind::PFN_ZERO;
             }
             if !query.wants(kind) {
                 continue;

@@ -381,7 +381,7 @@ mod tests {
         assert!(zeros == 1 || zeros == 512, "{zeros} pages of zeros");
         huge.touch(2047 - 512);
         for query in queries {
-            assert!(pages(query, &small) > 100, "{query:?}");
+            assert!(pages(query, &small) > 50, "{query:?}");
             pages(query, &huge);
         }
         // Of a file, there for sure while it runs.
