@@ -18,6 +18,7 @@ mod memory;
 mod metrics;
 mod net;
 mod pipes;
+mod postgres;
 mod programs;
 mod raw;
 mod refusals;

@@ -22,11 +22,11 @@ use e2e::{Claim, Options, Program, Row, Workload, rows};
 
 use crate::tcp::kept;
 
-fn cycles() -> u32 {
+pub(crate) fn cycles() -> u32 {
     env::var("E2E_CYCLES").map_or(3, |text| text.parse().expect("E2E_CYCLES is a number"))
 }
 
-fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("binding a port");
     listener.local_addr().expect("its address").port()
 }
@@ -47,13 +47,13 @@ fn connect(port: u16) -> TcpStream {
 }
 
 /// A client that runs by itself, outside of every tree.
-struct Client {
+pub(crate) struct Client {
     child: Child,
     name: &'static str,
 }
 
 impl Client {
-    fn start(words: &[&str], name: &'static str, out: &Path) -> Self {
+    pub(crate) fn start(words: &[&str], name: &'static str, out: &Path) -> Self {
         let out = File::create(out).expect("creating the client's output");
         let mut command = Command::new(words[0]);
         command.args(&words[1..]).stdin(Stdio::null()).stderr(out.try_clone().expect("dup")).stdout(out);
@@ -61,7 +61,7 @@ impl Client {
         Self { child, name }
     }
 
-    fn expect_alive(&mut self) {
+    pub(crate) fn expect_alive(&mut self) {
         let status = self.child.try_wait().expect("waiting for the client");
         assert!(status.is_none(), "{} has given up: {status:?}", self.name);
     }
@@ -75,7 +75,7 @@ impl Drop for Client {
     }
 }
 
-fn move_once(row: &Row, program: &Program) {
+pub(crate) fn move_once(row: &Row, program: &Program) {
     let images = row.dump(program);
     row.restore(program, &images);
 }

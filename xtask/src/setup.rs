@@ -44,6 +44,7 @@ const FOR_TESTS: &[(&str, &str)] = &[
     ("iproute2", "tests look at sockets and make namespaces"),
     ("nginx-light", "a program that is dumped"),
     ("nodejs", "a program that is dumped"),
+    ("postgresql", "a program that is dumped; its service is neither started nor enabled"),
     ("procps", "tests look at processes"),
     ("prometheus", "scrapes a session in a test; its service is neither started nor enabled"),
     ("redis-server", "a program that is dumped"),
@@ -60,7 +61,7 @@ const FOR_KERNELS: &[(&str, &str)] = &[
 ];
 
 /// Those that bring a service which would start at the next boot, and which only a test needs.
-const SERVICES: &[&str] = &["prometheus"];
+const SERVICES: &[&str] = &["postgresql", "prometheus"];
 
 /// Installs packages and programs. `build` as argument leaves out what only lint and the tests need.
 pub fn run(args: &[String]) -> Result<()> {
