@@ -124,7 +124,7 @@ impl Entries {
             let mut kind = kind_of(entry);
             // Nobody's content; the huge one looks as if it were a file's.
             if entry.contains(Entry::PRESENT) && self.is_zeros(page, bits & FRAME, &mut huge)? {
-                kind = kind - PageKind::FILE | PageKind::PFN_ZERO;
+                kind = (kind - PageKind::FILE) | PageKind::PFN_ZERO;
             }
             if !query.wants(kind) {
                 continue;
