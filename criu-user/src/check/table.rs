@@ -97,7 +97,7 @@ probes! {
             "build with CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS";
         "ring_buffer" ebpf::ring_buffer, "get records from eBPF programs", Less("maps that are read at intervals"),
             "use Linux 5.8 or later";
-        "tcx" ebpf::tcx, "hold the packets of connections", Less("--network-lock nftables"),
+        "tcx" ebpf::tcx, "hold the packets of connections", Same("netfilter rules (--network-lock nftables)"),
             "use Linux 6.6 or later with CONFIG_NET_XGRESS";
         "bpffs" ebpf::file_system, "let programs outlive a command", NO_TCP, "build with CONFIG_BPF_SYSCALL; run as root";
     }

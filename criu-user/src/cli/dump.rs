@@ -93,7 +93,7 @@ pub(super) struct DumpArgs {
     #[arg(long)]
     lock_listeners: bool,
     /// How the packets of connections are held until the restore
-    #[arg(long, value_name = "METHOD", value_enum, default_value = "ebpf")]
+    #[arg(long, value_name = "METHOD", value_enum, default_value = "auto")]
     network_lock: NetworkLock,
     /// Where the list of areas and descriptors comes from
     #[arg(long, value_name = "SOURCE", value_enum, default_value = "auto")]

@@ -67,7 +67,7 @@ pub(super) struct RestoreArgs {
     #[arg(long)]
     skip_in_flight: bool,
     /// How the packets of connections are held until the tree runs, unless the dump's own lock still holds them
-    #[arg(long, value_name = "METHOD", value_enum, default_value = "ebpf")]
+    #[arg(long, value_name = "METHOD", value_enum, default_value = "auto")]
     network_lock: NetworkLock,
     /// Accept files whose size or content has changed since the dump
     #[arg(long)]

@@ -45,6 +45,7 @@ const RELEASES: [Release; 2] = [
             "memory::huge_pages",
             "memory::copy_on_write",
             "pipes::content",
+            "tcp::close_wait_v4",
             "programs::python",
         ],
     },

@@ -98,6 +98,11 @@ impl Hold {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
         let gate = lock.gate()?;
         gate.iter().try_for_each(Gate::check_place)?;
+        let lock = match &gate {
+            Some(Gate::Ebpf(_)) => NetworkLock::Ebpf,
+            Some(Gate::Nftables(_)) => NetworkLock::Nftables,
+            None => lock,
+        };
         Ok(Self { lock, gate, name: format!("{pid}-{now:x}"), ..Self::default() })
     }
 

@@ -4,19 +4,21 @@ use criu_common::gate::Connection;
 
 use super::Ends;
 use crate::kernel::gate::{Gate, GateError, GateResult};
-use crate::kernel::{ebpf, interfaces, nftables};
+use crate::kernel::{ebpf, interfaces, nftables, probe};
 use crate::plan::Connections;
 
 /// How packets of connections are held while there is no socket for them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, serde::Serialize)]
 pub enum NetworkLock {
     /// By an eBPF program at every interface
-    #[default]
     Ebpf,
-    /// By netfilter rules, where eBPF is not to be had
+    /// By netfilter rules
     Nftables,
     /// Not at all: the caller keeps the network away
     Skip,
+    /// By eBPF, or by netfilter rules where the kernel has no such programs
+    #[default]
+    Auto,
 }
 
 /// Why the network cannot be kept away.
@@ -50,7 +52,7 @@ impl NetworkLock {
 
     /// What an inventory names.
     pub fn of_number(number: u32) -> Option<Self> {
-        [Self::Ebpf, Self::Nftables, Self::Skip].into_iter().find(|lock| lock.number() == number)
+        [Self::Ebpf, Self::Nftables, Self::Skip, Self::Auto].into_iter().find(|lock| lock.number() == number)
     }
 
     /// A gate, where this lock has one, through which everything passes as yet.
@@ -59,6 +61,25 @@ impl NetworkLock {
             Self::Ebpf => Ok(Some(Gate::Ebpf(ebpf::Gate::new().map_err(GateError::from)?))),
             Self::Nftables => Ok(Some(Gate::Nftables(nftables::Gate::new().map_err(GateError::from)?))),
             Self::Skip => Ok(None),
+            Self::Auto => match (ebpf::Gate::new(), nftables::Gate::new) {
+                (Ok(gate), _) => Ok(Some(Gate::Ebpf(gate))),
+                (Err(err), rules) => match rules() {
+                    Ok(gate) => {
+                        tracing::info!(%err, "packets are held by rules of the packet filter");
+                        Ok(Some(Gate::Nftables(gate)))
+                    }
+                    Err(_) => Err(GateError::from(err).into()),
+                },
+            },
+        }
+    }
+
+    /// Whether the gate of a restore can swallow packets in a way that their sender takes them for sent. `left`: the gate
+    /// that the dump has left, if it has.
+    pub fn swallows(self, left: Option<&str>) -> bool {
+        match left.and_then(|name| Gate::find(name).ok().flatten()) {
+            Some(gate) => matches!(gate, Gate::Ebpf(_)),
+            None => self == Self::Ebpf || self == Self::Auto && probe::ebpf::tcx().is_ok(),
         }
     }
 

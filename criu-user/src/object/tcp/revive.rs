@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use super::course::Step;
 use super::rebuild::{Wire, perform};
 use super::state::Numbers;
-use super::{Course, Ends, NetworkLock, State, course, streams};
+use super::{Course, Ends, State, course, streams};
 use crate::image::proto::{InetSkEntry, TcpStreamEntry};
 use crate::kernel::{fd, socket};
 use crate::object::file::Planner;
@@ -40,7 +40,8 @@ impl Revival {
         let Some(image) = streams::of(entry, cx)? else { return Ok(None) };
         let (mut stream, data) = image.ok_or_else(|| contradiction("its image is empty".into()))?;
         // The byte of which the acknowledgement is waited for is the gate's to swallow.
-        if stream.timestamp.is_none() && cx.options.network_lock != NetworkLock::Ebpf {
+        let left = cx.plan.connections.gate.as_deref();
+        if stream.timestamp.is_none() && stream.rtt.is_some() && !cx.options.network_lock.swallows(left) {
             stream.rtt = None;
         }
         let mut ends = Ends::of(entry, scope);
