@@ -61,7 +61,7 @@ probes! {
         "time_namespace" process::time_namespace, "let clocks go on from where they stood", Nothing,
             "build with CONFIG_TIME_NS; run with cap_sys_admin";
         "timer_ids" process::timer_ids, "give POSIX timers the ids that they had",
-            Less("programs whose timer ids have no gaps"), "use Linux 6.15 or later";
+            Less("programs whose timer ids have few gaps"), "use Linux 6.15 or later";
         "membarrier_registrations" process::membarrier_registrations, "registrations for membarrier",
             Less("programs without membarrier"), "use Linux 6.3 or later";
     }

@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use tokio::io::unix::AsyncFd;
@@ -23,7 +24,12 @@ impl PidFd {
 
     /// Opens the process of thread `tid`, whose first thread has ended: PIDFD_THREAD, Linux 6.9.
     pub fn open_by_thread(tid: Pid) -> SysResult<Self> {
-        Self::open_with(tid, libc::O_EXCL)
+        Self::open_with(tid, libc::O_EXCL).map_err(|err| match err.errno {
+            Errno::EINVAL => {
+                SysError::new("pidfd_open", format!("a thread of {tid}, whose first has ended (Linux 6.9)"), err.errno)
+            }
+            _ => err,
+        })
     }
 
     fn open_with(pid: Pid, flags: i32) -> SysResult<Self> {

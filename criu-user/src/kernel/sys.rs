@@ -212,3 +212,13 @@ pub fn open_by_handle(mount: BorrowedFd<'_>, kind: i32, handle: &[u8], flags: i3
     // SAFETY: a new descriptor that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
+/// PR_TIMER_CREATE_RESTORE_IDS of prctl(2), Linux 6.15: timer_create(2) takes the id that it finds in its result.
+pub const RESTORE_IDS: u32 = 77;
+
+/// Whether timers can be made with ids of one's choice.
+pub fn takes_timer_ids() -> bool {
+    /// PR_TIMER_CREATE_RESTORE_IDS_GET
+    const GET: u64 = 2;
+    // SAFETY: numbers only.
+    unsafe { raw(libc::SYS_prctl, [RESTORE_IDS.into(), GET, 0, 0, 0, 0]) }.is_ok()
+}

@@ -9,7 +9,8 @@ use super::{ObjectError, clocks};
 use crate::agent::{Batch, CallId, Outcome, Room};
 use crate::call;
 use crate::image::proto::{ItimerEntry, PosixTimerEntry, TaskTimersEntry};
-use crate::kernel::proc;
+use crate::kernel::sys::RESTORE_IDS;
+use crate::kernel::{proc, sys};
 use crate::plan::{Arg, Call, Plan, Stage, TaskRef};
 
 /// `struct itimerval` and `struct itimerspec`.
@@ -35,6 +36,7 @@ pub struct Timers {
 /// SIGEV_* kinds as /proc/PID/timers names them (fs/proc/base.c, `show_timer`).
 const NOTIFY: [(&str, u32); 3] = [("signal", 0), ("none", 1), ("thread", 2)];
 const SIGEV_SIGNAL: u32 = 0;
+const SIGEV_NONE: u32 = 1;
 const SIGEV_THREAD_ID: u32 = 4;
 const SECOND: u64 = 1_000_000_000;
 
@@ -163,18 +165,50 @@ pub fn plan(
     Ok(())
 }
 
-/// PR_TIMER_CREATE_RESTORE_IDS of prctl(2), Linux 6.15: timer_create(2) takes the id that it finds in its result.
-const RESTORE_IDS: u32 = 77;
+/// How many timers may be made for nothing.
+const MOST_IN_VAIN: u32 = 1000;
 
-/// Timer ids are given out in order; a kernel that lets nobody ask for one cannot restore POSIX timers, and says so.
+/// Has the next timer get id `next` plus however many are missing to `id`: a kernel that lets nobody ask for one gives them
+/// out in order, from 0 on, and none twice.
+fn plan_gap(plan: &mut Plan, task: TaskRef, next: u32, id: u32) -> Result<(), ObjectError> {
+    if id - next > MOST_IN_VAIN {
+        return Err(ObjectError::Unsupported {
+            what: format!("POSIX timer {id}: this kernel gives ids out in order, and {} before it are free", id - next),
+            advice: "restore it on Linux 6.15 or later",
+        });
+    }
+    for id in next..id {
+        // struct sigevent: nothing is to be told.
+        let mut event = vec![0u8; 64];
+        event[12..16].copy_from_slice(&SIGEV_NONE.to_le_bytes());
+        let why = format!("POSIX timer {id}, which is no more");
+        plan.push(
+            task,
+            Stage::Timers,
+            call!(SYS_timer_create(libc::CLOCK_MONOTONIC, event, vec![0u8; 4]), why.clone()),
+        );
+        plan.push(task, Stage::Timers, call!(SYS_timer_delete(id), why));
+    }
+    Ok(())
+}
+
+/// Timers by their ids, in order.
 fn plan_posix(
     plan: &mut Plan,
     task: TaskRef,
     timers: &BTreeMap<u32, &PosixTimerEntry>,
     pending: &BTreeSet<u32>,
 ) -> Result<(), ObjectError> {
-    plan.push(task, Stage::Timers, call!(SYS_prctl(RESTORE_IDS, 1u64, 0u64, 0u64, 0u64), "choose timer ids"));
+    let chosen = sys::takes_timer_ids();
+    if chosen {
+        plan.push(task, Stage::Timers, call!(SYS_prctl(RESTORE_IDS, 1u64, 0u64, 0u64, 0u64), "choose timer ids"));
+    }
+    let mut next = 0;
     for timer in timers.values() {
+        if !chosen {
+            plan_gap(plan, task, next, timer.it_id)?;
+            next = timer.it_id + 1;
+        }
         // struct sigevent: value, signal, notify, thread.
         let mut event = vec![0u8; 64];
         event[0..8].copy_from_slice(&timer.sival_ptr.to_le_bytes());
@@ -196,7 +230,13 @@ fn plan_posix(
             None => {}
         }
     }
-    plan.push(task, Stage::Timers, call!(SYS_prctl(RESTORE_IDS, 0u64, 0u64, 0u64, 0u64), "timer ids as usual again"));
+    if chosen {
+        plan.push(
+            task,
+            Stage::Timers,
+            call!(SYS_prctl(RESTORE_IDS, 0u64, 0u64, 0u64, 0u64), "timer ids as usual again"),
+        );
+    }
     Ok(())
 }
 

@@ -46,6 +46,7 @@ const RELEASES: [Release; 2] = [
             "memory::copy_on_write",
             "pipes::content",
             "tcp::close_wait_v4",
+            "timers::posix_timers",
             "programs::python",
         ],
     },

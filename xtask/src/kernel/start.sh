@@ -16,6 +16,7 @@ modprobe -a fuse tun
 # With huge pages for everybody, programs have more memory than their tests expect.
 echo madvise > /sys/kernel/mm/transparent_hugepage/enabled
 ip link set lo up
+ulimit -n 1048576
 hostname virtual
 echo "Linux $(uname -r)"
 bash "$here/job.sh" 2>&1

@@ -126,11 +126,10 @@ pub fn time_namespace() -> Answer {
 /// prctl(2) with PR_TIMER_CREATE_RESTORE_IDS: timer_create(2) takes a wish for the timer's id.
 pub fn timer_ids() -> Answer {
     apart(|| {
-        const RESTORE_IDS: u64 = 77;
         let wanted = 1234i32;
         let mut id = wanted;
         // SAFETY: numbers only.
-        unsafe { sys::raw(libc::SYS_prctl, [RESTORE_IDS, 1, 0, 0, 0, 0]) }
+        unsafe { sys::raw(libc::SYS_prctl, [sys::RESTORE_IDS.into(), 1, 0, 0, 0, 0]) }
             .during("prctl(PR_TIMER_CREATE_RESTORE_IDS)", "on")?;
         let at = (&raw mut id).expose_provenance() as u64;
         // SAFETY: the id lives for the call; without an event the kernel takes SIGALRM.
