@@ -74,6 +74,8 @@ pub struct Memory {
     pub areas: u64,
     /// What tells which pages were written.
     pub marks: Marks,
+    /// The root of another tracked tree that it belongs to, where two would take the marks from each other unseen.
+    rival: Option<Pid>,
     watch: Option<WriteWatch>,
     /// Pages whose soft-dirty bits the last look has found; `None` before the first.
     seen: Option<PageSet>,
@@ -89,13 +91,14 @@ pub struct Memory {
 
 impl Memory {
     /// Begins with a process of which nothing is known yet.
-    pub fn new(pid: Pid, start_time: u64, marks: Marks) -> Self {
+    pub fn new(pid: Pid, start_time: u64, marks: Marks, rival: Option<Pid>) -> Self {
         Self {
             pid,
             start_time,
             untracked: None,
             areas: 0,
             marks,
+            rival,
             watch: None,
             seen: None,
             written: PageSet::default(),
@@ -194,7 +197,8 @@ impl Memory {
     fn look_at_bits(&mut self, shown: Shown, purpose: Purpose) -> Result<Look, TrackError> {
         let mut look = Look::default();
         let mut map = PageMap::open(shown.by)?.with_marks(Marks::SoftDirty);
-        self.untracked = own_userfaultfd(shown.by);
+        let rival = |root| format!("the session of process {root}, to whose tree it belongs, uses its soft-dirty bits");
+        self.untracked = self.rival.map(rival).or_else(|| own_userfaultfd(shown.by));
         if self.untracked.is_some() {
             self.seen = None;
             return Ok(look);

@@ -10,7 +10,9 @@ use std::time::Duration;
 use nix::unistd::Pid;
 
 use super::TrackError;
+use super::client::Client;
 use super::memory::{Look, Memory, Purpose, STILL};
+use super::wire;
 use super::witness::News;
 use crate::freeze::{self, Frozen, Release};
 use crate::kernel::cgroup::members;
@@ -243,9 +245,18 @@ impl Tree {
                 self.unmet.insert(pid);
                 continue;
             }
-            self.processes.insert(pid, Memory::new(pid, stat.start_time, self.marks));
+            let rival = if self.marks == Marks::SoftDirty { self.rival(pid) } else { None };
+            self.processes.insert(pid, Memory::new(pid, stat.start_time, self.marks, rival));
             self.executed.insert(pid);
         }
+    }
+
+    /// The root of another tree that a process belongs to and that somebody tracks.
+    fn rival(&self, pid: Pid) -> Option<Pid> {
+        let others: Vec<Pid> = wire::roots().into_iter().filter(|&root| root != self.root).collect();
+        let parent = |&pid: &Pid| proc::stat(pid, None).ok().map(|stat| stat.ppid).filter(|parent| parent.as_raw() > 0);
+        let mut line = std::iter::successors(Some(pid), parent);
+        line.find(|ancestor| others.contains(ancestor) && matches!(Client::connect(*ancestor), Ok(Some(_))))
     }
 
     /// Whether a new process still uses the memory of another (after vfork(2), until its execve(2)): its pages are the

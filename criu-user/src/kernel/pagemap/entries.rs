@@ -122,6 +122,8 @@ impl Entries {
                 continue;
             }
             let mut kind = kind_of(entry);
+            // Where pages of zeros cannot be told, one may stand where something was given up: it counts as written.
+            kind.set(PageKind::SOFT_DIRTY, kind.contains(PageKind::SOFT_DIRTY) || self.frames.is_none());
             // Nobody's content; the huge one looks as if it were a file's.
             if entry.contains(Entry::PRESENT) && self.is_zeros(page, bits & FRAME, &mut huge)? {
                 kind = (kind - PageKind::FILE) | PageKind::PFN_ZERO;

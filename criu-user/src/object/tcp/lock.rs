@@ -50,11 +50,6 @@ impl NetworkLock {
         self as u32
     }
 
-    /// What an inventory names.
-    pub fn of_number(number: u32) -> Option<Self> {
-        [Self::Ebpf, Self::Nftables, Self::Skip, Self::Auto].into_iter().find(|lock| lock.number() == number)
-    }
-
     /// A gate, where this lock has one, through which everything passes as yet.
     pub fn gate(self) -> Result<Option<Gate>, LockError> {
         match self {
