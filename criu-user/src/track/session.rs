@@ -38,7 +38,7 @@ use super::wire::{self, Answer, Ask, Begun, Confirmed, Empty, Reply, Request, Tr
 use super::witness::{News, Witness};
 use crate::freeze;
 use crate::kernel::kept;
-use crate::kernel::pagemap::Marks;
+use crate::kernel::pagemap::{self, Marks};
 use crate::kernel::pidfd::PidFd;
 use crate::kernel::survey::PAGE;
 
@@ -152,8 +152,13 @@ impl Session {
         let root = pidfd.into_async().map_err(|source| TrackError::Socket { path: socket.0.clone(), source })?;
         let exporter = Exporter::begin(&options.metrics, options.root)?;
         // Before the first look, so that nobody who is forked meanwhile is missed.
-        let witness =
-            if options.ebpf { Witness::start(options.root) } else { Witness::absent("not wanted (--no-ebpf)") };
+        let witness = match options.ebpf {
+            false => Witness::absent("not wanted (--no-ebpf)"),
+            // On 6.1 a session was once seen to stay in the kernel for good, and a processor with it, when others had been
+            // killed. This tells such kernels from those where that never was.
+            true if !pagemap::has_scan()? => Witness::absent("not trusted before Linux 6.7"),
+            true => Witness::start(options.root),
+        };
         let shared = Shared {
             tree: RefCell::new(tree),
             since: RefCell::default(),

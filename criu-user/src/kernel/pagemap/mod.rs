@@ -140,6 +140,14 @@ pub fn keeps_soft_dirty() -> SysResult<bool> {
     Ok(!found.is_empty())
 }
 
+/// Whether this kernel has PAGEMAP_SCAN.
+pub fn has_scan() -> SysResult<bool> {
+    let page = Pages::new(1)?;
+    let mut map = PageMap::open(Pid::this())?;
+    map.scan(page.start, page.start + page.len, WRITTEN, &mut Vec::new())?;
+    Ok(map.has_scan())
+}
+
 /// How page tables are walked over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum How {
