@@ -60,7 +60,7 @@ const MEMORY: &str = "6G";
 /// Bytes of the disk for what the tests write.
 const DISK: u64 = 8 << 30;
 /// Seconds after which the machine is switched off.
-const LIMIT: &str = "2700";
+const LIMIT: &str = "1200";
 
 /// Runs the tests, on all kernels if none is named.
 pub fn run(args: &[String]) -> Result<()> {
