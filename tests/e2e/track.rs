@@ -3,7 +3,10 @@
 //! The program is stopped (SIGSTOP) before the last dump, and every byte of it taken down; what a restore brings back is
 //! compared with that. `E2E_CYCLES` says how many times (once if it does not).
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use e2e::{Bytes, Engine, Look, Options, Program, Row, Workload, bytes::signal, rows};
 use nix::sys::signal::Signal;
@@ -31,14 +34,14 @@ pub(crate) fn pre_dumps(row: &Row, program: &Program, times: u32, moments: &mut 
     parent.expect("at least one pre-dump")
 }
 
-pub(crate) fn on(parent: &std::path::Path) -> Options {
+pub(crate) fn on(parent: &Path) -> Options {
     let mut options = Options::dump(&["--verify-cache", "--track-mem", "--prev-images-dir"]);
     options.dump.push(parent.into());
     options
 }
 
 /// How many pages of a dump are in its parent, by its log.
-pub(crate) fn in_parent(images: &std::path::Path) -> u64 {
+pub(crate) fn in_parent(images: &Path) -> u64 {
     let log = std::fs::read_to_string(images.join("dump.log")).expect("a log");
     let line = log.lines().find(|line| line.contains(") dump finished")).expect("a finished dump");
     let number = line.split("in_parent=").nth(1).and_then(|rest| rest.split_whitespace().next());
@@ -75,21 +78,28 @@ pub(crate) fn remove_images(program: &Program) {
     }
 }
 
+/// The last dump of a stopped program, and what it was, compared byte by byte.
+pub(crate) fn dump_and_compare(row: &Row, program: &Program, parent: &Path, options: &Options) -> PathBuf {
+    let before = Bytes::stop_and_take(program);
+    let tree = program.tree();
+    let images = row.next_images(program);
+    row.dumper.dump(program, &images, options).expect_success();
+    program.expect_gone(&tree);
+    row.restore(program, &images);
+    before.compare(&Bytes::take(program));
+    signal(program, Signal::SIGCONT);
+    assert!(parent.exists());
+    images
+}
+
 /// Pre-dump three times, dump, restore, compare every byte.
 pub(crate) fn exact(row: &Row, case: &str) {
     let mut program = writes(case).start();
     let mut moments = Moments::new();
     for _ in 0..cycles() {
         let parent = pre_dumps(row, &program, 3, &mut moments);
-        let before = Bytes::stop_and_take(&program);
-        let tree = program.tree();
-        let images = row.next_images(&program);
-        row.dumper.dump(&program, &images, &on(&parent)).expect_success();
-        program.expect_gone(&tree);
+        let images = dump_and_compare(row, &program, &parent, &on(&parent));
         assert!(in_parent(&images) > 0, "nothing was left to the parent");
-        row.restore(&program, &images);
-        before.compare(&Bytes::take(&program));
-        signal(&program, Signal::SIGCONT);
         remove_images(&program);
     }
     program.finish();
@@ -142,16 +152,11 @@ rows! {
         std::thread::sleep(Duration::from_millis(100));
         row.dumper.pre_dump(&program, &parent, Some(&first)).expect_success();
         std::thread::sleep(Duration::from_millis(100));
-        let before = Bytes::stop_and_take(&program);
-        let (images, tree) = (row.next_images(&program), program.tree());
         let other = Options::dump(&["--track-mem=uffd"]);
+        let images = row.next_images(&program);
         row.dumper.dump(&program, &images, &other).expect_refusal("not by what --track-mem says");
-        row.dumper.dump(&program, &images, &on(&parent)).expect_success();
-        program.expect_gone(&tree);
+        let images = dump_and_compare(row, &program, &parent, &on(&parent));
         assert!(in_parent(&images) > 0, "nothing was left to the parent");
-        row.restore(&program, &images);
-        before.compare(&Bytes::take(&program));
-        signal(&program, Signal::SIGCONT);
         program.finish();
     };
 

@@ -5,12 +5,12 @@
 
 use std::{
     fs,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Stdio},
     time::Duration,
 };
 
-use e2e::{Bytes, Options, Program, Row, bytes::signal, rows};
+use e2e::{Program, Row, rows};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -19,7 +19,7 @@ use serde_json::Value;
 
 use crate::killed::{Moments, wait_unharmed};
 use crate::sessions::track;
-use crate::track::{cycles, in_parent, on, pre_dumps, remove_images, writes};
+use crate::track::{cycles, dump_and_compare, in_parent, on, pre_dumps, remove_images, writes};
 
 /// The process of the session of a program, if there is one.
 fn session_of(program: &Program) -> Option<Pid> {
@@ -53,20 +53,6 @@ fn words(verb: &str, program: &Program, images: &Path, parent: &Path) -> Vec<std
     words.extend([images.into(), "-o".into(), format!("{verb}.log").into()]);
     words.extend(["--track-mem".into(), "--prev-images-dir".into(), parent.into()]);
     words
-}
-
-/// The last dump of a stopped program, and what it was, compared byte by byte.
-fn dump_and_compare(row: &Row, program: &Program, parent: &Path, options: &Options) -> PathBuf {
-    let before = Bytes::stop_and_take(program);
-    let tree = program.tree();
-    let images = row.next_images(program);
-    row.dumper.dump(program, &images, options).expect_success();
-    program.expect_gone(&tree);
-    row.restore(program, &images);
-    before.compare(&Bytes::take(program));
-    signal(program, Signal::SIGCONT);
-    assert!(parent.exists());
-    images
 }
 
 rows! {
