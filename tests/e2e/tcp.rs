@@ -436,7 +436,9 @@ mod remote {
     }
 }
 
+mod clsact;
 mod killed;
+mod locks;
 mod nftables;
 
 /// Images are exchanged with CRIU. Its own lock needs netfilter rules that only it takes away again, so neither engine

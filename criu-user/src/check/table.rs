@@ -97,8 +97,10 @@ probes! {
             "build with CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS";
         "ring_buffer" ebpf::ring_buffer, "get records from eBPF programs", Less("maps that are read at intervals"),
             "use Linux 5.8 or later";
-        "tcx" ebpf::tcx, "hold the packets of connections", Same("netfilter rules (--network-lock nftables)"),
+        "tcx" ebpf::tcx, "hold the packets of connections", Same("clsact"),
             "use Linux 6.6 or later with CONFIG_NET_XGRESS";
+        "clsact" ebpf::clsact, "hold the packets of connections on older kernels", Same("tcx, or else nftables"),
+            "build with CONFIG_NET_SCH_INGRESS and CONFIG_NET_CLS_BPF; run with cap_net_admin";
         "bpffs" ebpf::file_system, "let programs outlive a command", NO_TCP, "build with CONFIG_BPF_SYSCALL; run as root";
     }
     "sockets" {

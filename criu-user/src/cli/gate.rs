@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::error::CliError;
 use super::{Outcome, say};
-use crate::kernel::gate::{Gate, Pinned, pinned};
+use crate::kernel::gate::{Gate, Pinned, pinned, sweep};
 use crate::object::tcp::Ends;
 
 #[derive(Debug, Args)]
@@ -109,5 +109,6 @@ fn clear(names: &[String], older_than: Duration) -> Outcome {
         gate.clear()?;
         say(format_args!("{} is open", gate.name));
     }
+    sweep()?;
     Ok(ExitCode::SUCCESS)
 }

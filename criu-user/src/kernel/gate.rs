@@ -74,6 +74,14 @@ impl Gate {
         }
     }
 
+    /// Takes note that a copy of this process has given it its name: nothing is taken away with us.
+    pub fn leave(&mut self) {
+        match self {
+            Self::Ebpf(gate) => gate.leave(),
+            Self::Nftables(_) => {}
+        }
+    }
+
     /// The gate of this name that an earlier engine has left; `None` if it was opened meanwhile.
     pub fn find(name: &str) -> GateResult<Option<Self>> {
         match ebpf::Gate::find(name)? {
@@ -136,6 +144,12 @@ impl Pinned {
             (None, None) => Ok(()),
         }
     }
+}
+
+/// Takes away what stays at interfaces of this network namespace when an engine is killed on a kernel that does not see
+/// to it: filters that let everything pass.
+pub fn sweep() -> GateResult<()> {
+    Ok(ebpf::latch::sweep()?)
 }
 
 /// All gates that stay.

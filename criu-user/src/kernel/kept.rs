@@ -8,7 +8,7 @@ use std::fs::{self, DirBuilder, File, Metadata};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 
-use nix::fcntl::{OFlag, openat, renameat};
+use nix::fcntl::{Flock, FlockArg, OFlag, openat, renameat};
 use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
@@ -17,6 +17,20 @@ pub const DIR: &str = "/run/criu-ebpf";
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// Longest file that is read: a table of some hundred numbers, or of some hundred lines.
 const LONGEST: u64 = 256 << 10;
+
+/// Makes the directory, if it is not there.
+fn make_directory() -> io::Result<()> {
+    match DirBuilder::new().mode(0o700).create(DIR) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// The right to do what two engines must not do at once: held until it is dropped, by one of all at a time.
+pub fn turn() -> io::Result<Flock<File>> {
+    make_directory()?;
+    Flock::lock(File::open(DIR)?, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into())
+}
 
 /// The name of a file whose content holds for this boot and for all of `of`; `None` where the boot cannot be told.
 pub fn name<'a>(kind: &str, of: impl IntoIterator<Item = &'a [u8]>) -> Option<String> {
@@ -43,10 +57,7 @@ pub fn read(name: &str) -> Option<String> {
 
 /// Keeps a file. It is written beside and renamed: another engine reads all of it or nothing.
 pub fn write(name: &str, text: &str) -> io::Result<()> {
-    match DirBuilder::new().mode(0o700).create(DIR) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-        _ => {}
-    }
+    make_directory()?;
     let dir = directory()?;
     let beside = format!("{name}.{}", std::process::id());
     let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;

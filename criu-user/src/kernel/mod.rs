@@ -42,6 +42,7 @@ pub mod surveyor;
 pub mod sys;
 pub mod tcp;
 pub mod threads;
+pub mod traffic;
 pub mod tty;
 pub mod uffd;
 pub mod unix_diag;

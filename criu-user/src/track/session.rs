@@ -4,10 +4,9 @@
 //! short, and whoever asks meanwhile waits for the end of one.
 
 use std::cell::{Cell, OnceCell, RefCell};
-use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -15,7 +14,6 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
-use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::{Pid, Uid};
 use prost::Message;
 use tokio::io::unix::AsyncFd;
@@ -214,7 +212,7 @@ impl Session {
         let end = end.await;
         // Connections close when `serving` is dropped. Who waits for that finds nothing of ours any more, neither in the tree
         // nor in the way of the next session; nor does a session that begins just now.
-        let _turn = turn().inspect_err(|err| tracing::warn!(%err, place = kept::DIR, "it cannot be locked"));
+        let _turn = kept::turn().inspect_err(|err| tracing::warn!(%err, place = kept::DIR, "it cannot be locked"));
         drop(self.socket);
         drop(self.listener);
         self.shared.tree.borrow_mut().processes.clear();
@@ -297,21 +295,12 @@ fn is_allowed(stream: &UnixStream) -> bool {
     stream.peer_cred().is_ok_and(|peer| peer.uid() == 0 || peer.uid() == Uid::effective().as_raw())
 }
 
-/// The right to begin a session, or to end one: held until it is dropped, by one session of all at a time.
-fn turn() -> io::Result<Flock<File>> {
-    Flock::lock(File::open(kept::DIR)?, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into())
-}
-
 /// Makes the socket. One that nobody listens at is what a killed session left.
 fn listen(root: Pid) -> Result<(UnixListener, SocketFile), TrackError> {
     let path = wire::socket_path(root);
     let failed = |source| TrackError::Socket { path: path.clone(), source };
-    match std::fs::DirBuilder::new().mode(0o700).create(kept::DIR) {
-        Err(err) if err.kind() != io::ErrorKind::AlreadyExists => return Err(failed(err)),
-        _ => {}
-    }
     // Of two that begin at once, the second finds the socket of the first; one that is about to end is waited for.
-    let _turn = turn().map_err(failed)?;
+    let _turn = kept::turn().map_err(failed)?;
     if std::os::unix::net::UnixStream::connect(&path).is_ok() {
         return Err(TrackError::Tracked { pid: root.as_raw() });
     }

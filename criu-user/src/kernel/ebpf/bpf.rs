@@ -6,13 +6,15 @@
 
 use std::ffi::{CStr, c_int, c_long};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use aya_obj::generated::{bpf_insn, bpf_prog_info};
 
 const MAP_CREATE: (c_int, &str) = (0, "BPF_MAP_CREATE");
 const MAP_UPDATE_ELEM: (c_int, &str) = (2, "BPF_MAP_UPDATE_ELEM");
 const PROG_LOAD: (c_int, &str) = (5, "BPF_PROG_LOAD");
+const PROG_GET_FD_BY_ID: (c_int, &str) = (13, "BPF_PROG_GET_FD_BY_ID");
+const MAP_GET_FD_BY_ID: (c_int, &str) = (14, "BPF_MAP_GET_FD_BY_ID");
 const OBJ_GET_INFO: (c_int, &str) = (15, "BPF_OBJ_GET_INFO_BY_FD");
 const RAW_TRACEPOINT_OPEN: (c_int, &str) = (17, "BPF_RAW_TRACEPOINT_OPEN");
 const MAP_FREEZE: (c_int, &str) = (22, "BPF_MAP_FREEZE");
@@ -225,6 +227,31 @@ pub fn attach_tracepoint(program: BorrowedFd<'_>) -> BpfResult<OwnedFd> {
 /// How often a program was passed over because it was running already on the same processor. 0 on kernels before 5.12,
 /// which do not count it.
 pub fn misses(program: BorrowedFd<'_>) -> BpfResult<u64> {
+    Ok(about(program, &mut [])?.recursion_misses)
+}
+
+/// The number by which the kernel knows a program.
+pub fn program_number(program: BorrowedFd<'_>) -> BpfResult<u32> {
+    Ok(about(program, &mut [])?.id)
+}
+
+/// The only map of a program, given its number; `None` if the program is gone or has another number of maps.
+pub fn map_of(number: u32) -> BpfResult<Option<OwnedFd>> {
+    // SAFETY: no pointers; the answer is a new descriptor.
+    let program = match unsafe { call(PROG_GET_FD_BY_ID, &number).map(|fd| owned(fd)) } {
+        Err((_, err)) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other?,
+    };
+    let mut maps = [0];
+    if about(program.as_fd(), &mut maps)?.nr_map_ids != 1 {
+        return Ok(None);
+    }
+    // SAFETY: no pointers; the answer is a new descriptor.
+    unsafe { call(MAP_GET_FD_BY_ID, &maps[0]).map(|fd| Some(owned(fd))) }
+}
+
+/// What the kernel tells of a program, and the numbers of its maps as far as there is room for them.
+fn about(program: BorrowedFd<'_>, maps: &mut [u32]) -> BpfResult<bpf_prog_info> {
     #[repr(C)]
     struct Info {
         fd: u32,
@@ -233,11 +260,13 @@ pub fn misses(program: BorrowedFd<'_>) -> BpfResult<u64> {
     }
     // SAFETY: plain numbers, for which zeros are a value.
     let mut about: bpf_prog_info = unsafe { std::mem::zeroed() };
+    about.nr_map_ids = maps.len() as u32;
+    about.map_ids = maps.as_mut_ptr().expose_provenance() as u64;
     let at = (&raw mut about).expose_provenance() as u64;
     let info = Info { fd: program.as_raw_fd() as u32, len: size_of::<bpf_prog_info>() as u32, at };
     // SAFETY: there is room for as much as is said; the kernel writes what it has.
     unsafe { call(OBJ_GET_INFO, &info)? };
-    Ok(about.recursion_misses)
+    Ok(about)
 }
 
 /// # Safety

@@ -3,7 +3,7 @@
 //! A gate lives as long as somebody holds it: the engine, or names in a bpf file system once a dump is complete. Until
 //! then it opens with the engine's death.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
@@ -15,6 +15,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::bpf::Purpose;
+use super::latch::Latch;
 use super::links::{self, Way};
 use super::object::{Loaded, compiled};
 use super::{EbpfError, EbpfResult, maps};
@@ -37,8 +38,11 @@ const VALUE: usize = size_of::<Held>();
 #[derive(Debug)]
 pub struct Gate {
     map: OwnedFd,
-    /// Links, by the names that they are pinned under. None of one that somebody else has pinned.
+    /// What it stands at, by the names that are pinned: links, or where the kernel has none to interfaces, the latch. None
+    /// of one that somebody else has pinned.
     links: Vec<(String, OwnedFd)>,
+    /// What stands at the interfaces where the kernel has no links to them.
+    latch: Option<Latch>,
     /// Its directory, where it is pinned.
     pinned: Option<PathBuf>,
     /// The program and what tells of interfaces that appear, where we have made the gate.
@@ -63,14 +67,23 @@ impl Gate {
     /// Puts a gate at both sides of every interface of this network namespace that is up. Everything passes until something is
     /// locked.
     ///
-    /// # Minimum kernel version
-    /// 6.6, for links to interfaces.
+    /// It is links to interfaces (Linux 6.6), or else filters of traffic control.
     pub fn new() -> EbpfResult<Self> {
+        Self::by(|_| Ok(None))
+    }
+
+    /// The same by filters of traffic control, also where the kernel has links to interfaces.
+    pub fn by_filters() -> EbpfResult<Self> {
+        Self::by(|program| Latch::new(program.as_fd()).map(Some))
+    }
+
+    fn by(latch: impl FnOnce(&OwnedFd) -> EbpfResult<Option<Latch>>) -> EbpfResult<Self> {
         let mut object = Loaded::new("gate", OBJECT.ok_or(EbpfError::NotBuilt)?, HashMap::new())?;
         let program = object.load("gate", Purpose::Classifier)?;
         let watch = Watch::new().map_err(listing)?;
         let map = object.take_map("LOCKED")?;
-        let mut gate = Self { map, links: Vec::new(), pinned: None, keeper: Some((program, watch)) };
+        let latch = latch(&program)?;
+        let mut gate = Self { map, links: Vec::new(), latch, pinned: None, keeper: Some((program, watch)) };
         gate.cover_all()?;
         Ok(gate)
     }
@@ -99,31 +112,46 @@ impl Gate {
         let up = interfaces::up().map_err(listing)?;
         Ok(up
             .into_iter()
-            .filter(|(_, index)| !dir.join(format!("{index}-in")).exists())
+            .filter(|(_, index)| !dir.join(name_of(*index, Way::In)).exists())
             .map(|(name, _)| name)
             .collect())
     }
 
-    /// Attaches to interfaces that have no link yet; whether there were any.
+    /// Attaches to interfaces at which it does not stand yet; whether there were any.
     fn cover(&mut self, program: &OwnedFd) -> EbpfResult<bool> {
-        let mut new = false;
         // Nothing comes through those that are down, and each takes its time.
-        for (interface, index) in interfaces::up().map_err(listing)? {
-            for (way, word) in [(Way::In, "in"), (Way::Out, "out")] {
-                let name = format!("{index}-{word}");
-                if self.links.iter().any(|(known, _)| *known == name) {
-                    continue;
-                }
-                let link = match links::attach(program.as_fd(), index, way) {
-                    // It has gone meanwhile.
-                    Err((_, e)) if e.raw_os_error() == Some(libc::ENODEV) => continue,
-                    other => other.map_err(failed(format!("the interface {interface}")))?,
-                };
-                self.links.push((name, link));
-                new = true;
+        let mut new = interfaces::up().map_err(listing)?;
+        new.retain(|_, index| !self.links.iter().any(|(known, _)| *known == name_of(*index, Way::In)));
+        if new.is_empty() {
+            return Ok(false);
+        }
+        if self.latch.is_none() && !self.link(program, &new)? {
+            self.latch = Some(Latch::new(program.as_fd())?);
+        }
+        if let Some(latch) = &self.latch {
+            latch.attach(&new.values().copied().collect::<Vec<_>>())?;
+            for (index, way) in new.values().flat_map(|index| Way::BOTH.map(|way| (*index, way))) {
+                let program = latch.program().try_clone().map_err(|source| EbpfError::Interfaces { source })?;
+                self.links.push((name_of(index, way), program));
             }
         }
-        Ok(new)
+        Ok(true)
+    }
+
+    /// Makes links to interfaces; whether the kernel knows such links.
+    fn link(&mut self, program: &OwnedFd, to: &BTreeMap<String, u32>) -> EbpfResult<bool> {
+        for (interface, &index) in to {
+            for way in Way::BOTH {
+                match links::attach(program.as_fd(), index, way) {
+                    Ok(link) => self.links.push((name_of(index, way), link)),
+                    // It has gone meanwhile.
+                    Err((_, e)) if e.raw_os_error() == Some(libc::ENODEV) => {}
+                    Err((_, e)) if e.raw_os_error() == Some(libc::EINVAL) && self.links.is_empty() => return Ok(false),
+                    Err(err) => return Err(failed(format!("the interface {interface}"))(err)),
+                }
+            }
+        }
+        Ok(true)
     }
 
     /// Locks connections: from now on nobody hears of the other.
@@ -144,11 +172,10 @@ impl Gate {
         self.refresh()?;
         let dir = directory(name);
         make_directory(&dir)?;
-        let pin = |object: &OwnedFd, name: &str| {
-            let path = dir.join(name);
-            links::pin(object.as_fd(), &path).map_err(failed(path.display().to_string()))
-        };
-        let outcome = pin(&self.map, MAP).and_then(|()| self.links.iter().try_for_each(|(name, link)| pin(link, name)));
+        let pin = |object: &OwnedFd, name: &str| links::pin_in(&dir, name, object.as_fd());
+        let outcome = pin(&self.map, MAP)
+            .and_then(|()| self.links.iter().try_for_each(|(name, link)| pin(link, name)))
+            .and_then(|()| self.latch.as_mut().map_or(Ok(()), |latch| latch.pin(&dir)));
         match outcome {
             Ok(()) => self.pinned = Some(dir),
             Err(err) => {
@@ -159,6 +186,13 @@ impl Gate {
         Ok(())
     }
 
+    /// Takes note that a copy of this process has pinned it: nothing is taken away with us.
+    pub fn leave(&mut self) {
+        if let Some(latch) = &mut self.latch {
+            latch.leave();
+        }
+    }
+
     /// The gate of this name that an earlier engine has left; `None` if it was opened meanwhile.
     pub fn find(name: &str) -> EbpfResult<Option<Self>> {
         let dir = directory(name);
@@ -167,7 +201,10 @@ impl Gate {
             return Ok(None);
         }
         match links::pinned(&map) {
-            Ok(map) => Ok(Some(Self { map, links: Vec::new(), pinned: Some(dir), keeper: None })),
+            Ok(map) => {
+                let latch = Latch::find(&dir);
+                Ok(Some(Self { map, links: Vec::new(), latch, pinned: Some(dir), keeper: None }))
+            }
             Err((_, err)) if err.kind() == ErrorKind::NotFound => Ok(None),
             Err(err) => Err(failed(map.display().to_string())(err)),
         }
@@ -195,8 +232,18 @@ impl Gate {
     /// Takes it away from the interfaces, for good. The kernel needs some ten milliseconds for each: who is in a hurry
     /// unlocks it first.
     pub fn remove(self) -> EbpfResult<()> {
-        self.pinned.as_deref().map_or(Ok(()), unpin)
+        self.pinned.as_deref().map_or(Ok(()), unpin)?;
+        self.latch.map_or(Ok(()), Latch::remove)
     }
+}
+
+/// The name of what stands at one side of an interface.
+fn name_of(index: u32, way: Way) -> String {
+    let word = match way {
+        Way::In => "in",
+        Way::Out => "out",
+    };
+    format!("{index}-{word}")
 }
 
 fn held(value: &[u8; VALUE]) -> Held {

@@ -10,6 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use super::bpf::{BpfResult, call, owned};
+use super::{EbpfError, EbpfResult};
 
 const OBJ_PIN: (c_int, &str) = (6, "BPF_OBJ_PIN");
 const OBJ_GET: (c_int, &str) = (7, "BPF_OBJ_GET");
@@ -49,6 +50,11 @@ pub fn attach(program: BorrowedFd<'_>, interface: u32, way: Way) -> BpfResult<Ow
     Ok(unsafe { owned(call(LINK_CREATE, &create)?) })
 }
 
+impl Way {
+    /// Both.
+    pub const BOTH: [Self; 2] = [Self::In, Self::Out];
+}
+
 /// `union bpf_attr` of commands about a pin.
 #[repr(C)]
 struct Pin {
@@ -61,7 +67,7 @@ fn path_of(path: &Path, command: &'static str) -> BpfResult<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(|e| (command, io::Error::from(e)))
 }
 
-/// Gives a map or a link a name in a bpf file system, by which it lives on.
+/// Gives a map, a program or a link a name in a bpf file system, by which it lives on.
 pub fn pin(object: BorrowedFd<'_>, path: &Path) -> BpfResult<()> {
     let name = path_of(path, OBJ_PIN.1)?;
     let pin = Pin { pathname: name.as_ptr().addr() as u64, bpf_fd: object.as_raw_fd() as u32, file_flags: 0 };
@@ -69,7 +75,13 @@ pub fn pin(object: BorrowedFd<'_>, path: &Path) -> BpfResult<()> {
     unsafe { call(OBJ_PIN, &pin) }.map(drop)
 }
 
-/// The map or link of a name.
+/// The same with a name in a directory.
+pub fn pin_in(dir: &Path, name: &str, object: BorrowedFd<'_>) -> EbpfResult<()> {
+    let path = dir.join(name);
+    pin(object, &path).map_err(|(command, source)| EbpfError::Call { command, on: path.display().to_string(), source })
+}
+
+/// The map, program or link of a name.
 pub fn pinned(path: &Path) -> BpfResult<OwnedFd> {
     let name = path_of(path, OBJ_GET.1)?;
     let get = Pin { pathname: name.as_ptr().addr() as u64, bpf_fd: 0, file_flags: 0 };

@@ -111,6 +111,28 @@ pub fn insert<const K: usize, const V: usize>(
     Ok(())
 }
 
+/// Enters a program into an array of programs, as its first.
+pub fn set_program(array: BorrowedFd<'_>, program: BorrowedFd<'_>) -> BpfResult<()> {
+    let (key, value) = (0u32, program.as_raw_fd() as u32);
+    let (key, value) = ((&raw const key).addr() as u64, (&raw const value).addr() as u64);
+    let element = Element { map_fd: array.as_raw_fd() as u32, padding: 0, key, value, flags: 0 };
+    // SAFETY: key and value live until the call returns, and are numbers of 32 bits as in every such array.
+    unsafe { call(MAP_UPDATE_ELEM, &element) }.map(drop)
+}
+
+/// Whether an array of programs has a first one.
+pub fn has_program(array: BorrowedFd<'_>) -> BpfResult<bool> {
+    let (key, mut value) = (0u32, 0u32);
+    let (key, value) = ((&raw const key).addr() as u64, (&raw mut value).addr() as u64);
+    let element = Element { map_fd: array.as_raw_fd() as u32, padding: 0, key, value, flags: 0 };
+    // SAFETY: key and value live until the call returns, and are numbers of 32 bits as in every such array.
+    match unsafe { call(MAP_LOOKUP_ELEM, &element) } {
+        Ok(_) => Ok(true),
+        Err((_, err)) if err.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(err) => Err(err),
+    }
+}
+
 /// Takes out all that is in a hash map, and gives it back: in few calls where the kernel can (Linux 5.6).
 pub fn take_all<const K: usize, const V: usize>(map: BorrowedFd<'_>) -> BpfResult<Elements<K, V>> {
     if let Some(taken) = batches(map, MAP_LOOKUP_AND_DELETE_BATCH)? {

@@ -2,7 +2,7 @@
 //! gone again with its descriptors.
 
 use std::ffi::CString;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Instant;
 
 use aya_obj::generated::{bpf_attach_type as attach, bpf_cmd as cmd, bpf_map_type as map, bpf_prog_type as kind};
@@ -11,6 +11,7 @@ use nix::unistd::Pid;
 
 use super::{Absent, Answer, apart_in, network};
 use crate::kernel::ebpf::admit::Door;
+use crate::kernel::ebpf::latch::Latch;
 use crate::kernel::ebpf::pending::{Reader, Which};
 use crate::kernel::ebpf::touched::Lookout;
 use crate::kernel::ebpf::{EbpfError, EbpfSurvey, bpf, btf, numbers};
@@ -125,6 +126,16 @@ pub fn tcx() -> Answer {
         // SAFETY: the attribute is numbers alone; it gives a new descriptor.
         unsafe { bpf::call(command, &attribute).map(|fd| bpf::owned(fd)) }.map_err(failed("tcx on lo"))?;
         Ok(String::new())
+    })
+}
+
+/// The same as a filter of traffic control, of which nothing is left.
+pub fn clsact() -> Answer {
+    apart_in(CloneFlags::CLONE_NEWNET, || {
+        let program = load(kind::BPF_PROG_TYPE_SCHED_CLS, 0, 0)?;
+        let latch = Latch::new(program.as_fd())?;
+        latch.attach(&[network::LO])?;
+        Ok(latch.remove().map(|()| String::new())?)
     })
 }
 

@@ -295,6 +295,7 @@ impl Hold {
             Ok(Vec::new())
         })?;
         if failure.is_empty() {
+            gate.leave();
             return Ok(());
         }
         Err(ObjectError::Unpinned { why: String::from_utf8_lossy(&failure).into_owned() })

@@ -19,6 +19,8 @@ pub enum NetworkLock {
     /// By eBPF, or by netfilter rules where the kernel has no such programs
     #[default]
     Auto,
+    /// By the same eBPF program, as a filter of traffic control; by itself where the kernel knows no better
+    Clsact,
 }
 
 /// Why the network cannot be kept away.
@@ -54,6 +56,7 @@ impl NetworkLock {
     pub fn gate(self) -> Result<Option<Gate>, LockError> {
         match self {
             Self::Ebpf => Ok(Some(Gate::Ebpf(ebpf::Gate::new().map_err(GateError::from)?))),
+            Self::Clsact => Ok(Some(Gate::Ebpf(ebpf::Gate::by_filters().map_err(GateError::from)?))),
             Self::Nftables => Ok(Some(Gate::Nftables(nftables::Gate::new().map_err(GateError::from)?))),
             Self::Skip => Ok(None),
             Self::Auto => match (ebpf::Gate::new(), nftables::Gate::new) {
@@ -74,7 +77,11 @@ impl NetworkLock {
     pub fn swallows(self, left: Option<&str>) -> bool {
         match left.and_then(|name| Gate::find(name).ok().flatten()) {
             Some(gate) => matches!(gate, Gate::Ebpf(_)),
-            None => self == Self::Ebpf || self == Self::Auto && probe::ebpf::tcx().is_ok(),
+            None => match self {
+                Self::Ebpf | Self::Clsact => true,
+                Self::Nftables | Self::Skip => false,
+                Self::Auto => probe::ebpf::tcx().is_ok() || probe::ebpf::clsact().is_ok(),
+            },
         }
     }
 
