@@ -2,6 +2,7 @@
 #![no_std]
 
 pub mod gate;
+pub mod gathered;
 pub mod kfuncs;
 pub mod numbers;
 pub mod offsets;

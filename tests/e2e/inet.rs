@@ -18,6 +18,10 @@ workload_rows! { "inet.py";
     udplite_queue
     udp_options
     udp_multicast
+    udp_more_to_come
+    udp_corked
+    udp_corked_later
+    udp_gathered
 }
 
 rows! {
@@ -39,10 +43,6 @@ rows! {
     mptcp_fallen_back => |row| row
         .with(Options::both(&["--tcp-established"]))
         .check(&Workload::new("inet.py", "mptcp_fallen_back"));
-
-    corked_datagram => |row| row.refused(&Workload::new("inet.py", "udp_corked"), "corked");
-
-    datagram_begun => |row| row.refused(&Workload::new("inet.py", "udp_more_to_come"), "MSG_MORE");
 
     closed_when_asked => |row| row
         .with(Options::both(&["--tcp-close"]))

@@ -437,6 +437,59 @@ def udp_corked():
     equal(server.recv(100), b"one two", "the datagram")
 
 
+@case
+def udp_corked_later():
+    """Corked, and nothing gathered yet."""
+    server, client = udp(socket.AF_INET, V4)
+    client.setsockopt(17, 1, 1)
+    yield
+    client.send(b"one ")
+    client.send(b"two")
+    client.setsockopt(17, 1, 0)
+    equal(server.recv(100), b"one two", "the datagram")
+
+
+@case
+def udp_gathered():
+    """Datagrams of many pieces and of all kinds, to where the socket is not connected to."""
+    kinds = [
+        (socket.AF_INET, V4, V4, 17),
+        (socket.AF_INET6, V6, V6, 17),
+        (socket.AF_INET6, V4, "::ffff:" + V4, 17),
+        (socket.AF_INET, V4, V4, 136),
+        (socket.AF_INET6, V6, V6, 136),
+    ]
+    pairs = []
+    for family, bound, to, protocol in kinds:
+        server = socket.socket(socket.AF_INET if bound == V4 else family, socket.SOCK_DGRAM, protocol)
+        server.bind((bound, 0))
+        server.settimeout(10)
+        receive_hops(server)
+        client = socket.socket(family, socket.SOCK_DGRAM, protocol)
+        client.setsockopt(protocol, 1, 1)
+        pieces = [bytes([65 + n]) * (1 + 4000 * n) for n in range(5)]
+        address = to, server.getsockname()[1]
+        hops = (socket.IPPROTO_IP, socket.IP_TTL) if bound == V4 else (socket.IPPROTO_IPV6, 52)  # IPV6_HOPLIMIT
+        client.sendmsg([pieces[0]], [(*hops, struct.pack("i", 7))], 0, address)
+        for piece in pieces[1:]:
+            client.sendto(piece, address)
+        pairs.append((server, client, protocol, pieces))
+    yield
+    for server, client, protocol, pieces in pairs:
+        client.send(b"end")
+        client.setsockopt(protocol, 1, 0)
+        data, told, _, _ = server.recvmsg(1 << 16, 100)
+        equal(data, b"".join(pieces) + b"end", "the datagram")
+        equal([struct.unpack("i", content)[0] for _, _, content in told], [7], "hops")
+
+
+def receive_hops(server):
+    if server.family == socket.AF_INET:
+        server.setsockopt(socket.IPPROTO_IP, 12, 1)  # IP_RECVTTL
+    else:
+        server.setsockopt(socket.IPPROTO_IPV6, 51, 1)  # IPV6_RECVHOPLIMIT
+
+
 def connections(count):
     """As many connections with ourselves, both ends of each."""
     server = listening()

@@ -300,6 +300,10 @@ pub struct Extra<'a> {
     pub sender: Option<[u32; 3]>,
     /// Where to; an empty address for the peer.
     pub to: &'a [u8],
+    /// What else is told with it: level, kind, and content. CMSG(3).
+    pub control: Vec<(i32, i32, Vec<u8>)>,
+    /// Whether there is more to come of the same message: MSG_MORE.
+    pub more: bool,
 }
 
 /// Sends a message, without waiting for room; says how much of it. sendmsg(2).
@@ -308,12 +312,16 @@ pub fn send(fd: impl AsFd, data: &[u8], extra: &Extra<'_>) -> SysResult<usize> {
     let mut control = Vec::new();
     if !extra.files.is_empty() {
         let fds: Vec<u8> = extra.files.iter().flat_map(|f| f.as_raw_fd().to_le_bytes()).collect();
-        push_control(&mut control, libc::SCM_RIGHTS, &fds);
+        push_control(&mut control, libc::SOL_SOCKET, libc::SCM_RIGHTS, &fds);
     }
     if let Some(sender) = extra.sender {
         let bytes: Vec<u8> = sender.iter().flat_map(|w| w.to_le_bytes()).collect();
-        push_control(&mut control, libc::SCM_CREDENTIALS, &bytes);
+        push_control(&mut control, libc::SOL_SOCKET, libc::SCM_CREDENTIALS, &bytes);
     }
+    for (level, kind, content) in &extra.control {
+        push_control(&mut control, *level, *kind, content);
+    }
+    let more = if extra.more { libc::MSG_MORE } else { 0 };
     let mut part = libc::iovec { iov_base: data.as_ptr() as *mut _, iov_len: data.len() };
     // SAFETY: all-zero is a valid msghdr.
     let mut header: libc::msghdr = unsafe { zeroed() };
@@ -323,16 +331,17 @@ pub fn send(fd: impl AsFd, data: &[u8], extra: &Extra<'_>) -> SysResult<usize> {
     header.msg_iovlen = 1;
     header.msg_control = control.as_mut_ptr().cast();
     header.msg_controllen = control.len() * 8;
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL | more;
     // SAFETY: everything that the header points to lives, is as long as it says, and is only read.
-    Errno::result(unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const header, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) })
+    Errno::result(unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const header, flags) })
         .map(|sent| sent as usize)
         .map_err(|e| SysError::new("sendmsg", format!("{}, {} bytes", on(fd), data.len()), e))
 }
 
 /// `struct cmsghdr` and its payload, filled up to eight bytes: the layout of CMSG(3).
-fn push_control(control: &mut Vec<u64>, kind: i32, payload: &[u8]) {
+fn push_control(control: &mut Vec<u64>, level: i32, kind: i32, payload: &[u8]) {
     control.push(16 + payload.len() as u64);
-    control.push((kind as u64) << 32 | libc::SOL_SOCKET as u64);
+    control.push((kind as u64) << 32 | u64::from(level as u32));
     for chunk in payload.chunks(8) {
         let mut word = [0; 8];
         word[..chunk.len()].copy_from_slice(chunk);

@@ -144,8 +144,10 @@ impl FileKind for Inet {
         match entry.r#type as i32 {
             libc::SOCK_STREAM if is_tcp(&entry) => capture::capture(seen, cx, &mut entry, tcp)?,
             libc::SOCK_DGRAM if is_udp(&entry) => {
-                udp::capture(seen, cx, &entry)?;
-                entry.udp_opts = Some(udp::options(&seen.file, entry.proto)?);
+                udp::capture(seen, cx)?;
+                let mut opts = udp::options(&seen.file, entry.proto)?;
+                udp::cork::capture(seen, cx, &entry, &mut opts)?;
+                entry.udp_opts = Some(opts);
             }
             libc::SOCK_DGRAM if is_ping(&entry) => raw::peer(seen, cx, &mut entry)?,
             libc::SOCK_RAW => raw::capture(seen, cx, &mut entry)?,
@@ -201,6 +203,7 @@ impl FileKind for Inet {
         }
         if is_udp(isk) {
             udp::plan(isk, scope(isk), file, cx)?;
+            udp::cork::plan(isk, file, cx);
         }
         if is_tcp(isk) && isk.state == state::LISTEN {
             admit::plan(isk, file, cx)?;

@@ -7,6 +7,7 @@ pub mod cache;
 mod convert;
 pub mod error;
 pub mod gate;
+pub mod gathered;
 pub mod latch;
 pub mod links;
 pub mod maps;

@@ -4,25 +4,23 @@
 //! CRIU's images have no place for it, so it is in a file of ours, and dropped where that is not there: as the network
 //! might have done.
 
+pub mod cork;
+
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
-use std::time::Duration;
 
-use super::file::{Capture, Planner, Seen};
-use super::inet::ensure;
-use super::tcp::ends::{Ends, address_of};
-use super::tcp::packet;
-use super::tcp::rebuild::{Pass, Wire};
-use super::unix::queue;
-use super::{ObjectError, sockopt};
 use crate::image::ImageKind;
 use crate::image::proto::{InetSkEntry, SkPacketEntry, UdpOptsEntry};
-use crate::kernel::{SysResult, socket, tcp};
+use crate::kernel::{SysResult, socket};
+use crate::object::file::{Capture, Planner, Seen};
+use crate::object::inet::ensure;
+use crate::object::tcp::ends::{Ends, address_of};
+use crate::object::tcp::packet;
+use crate::object::tcp::rebuild::{Pass, Wire};
+use crate::object::unix::queue;
+use crate::object::{ObjectError, sockopt};
 use crate::plan::{Deed, FileRef, Opened, Stage};
-
-/// UDP_CORK of udp(7).
-const UDP_CORK: i32 = 1;
 
 /// Options that are numbers (udp(7), include/uapi/linux/udp.h; the last two UDP-Lite's), and their fields.
 type Number = (i32, fn(&mut UdpOptsEntry) -> &mut Option<u32>);
@@ -46,7 +44,8 @@ pub fn options(file: &OwnedFd, protocol: u32) -> Result<UdpOptsEntry, ObjectErro
 
 /// Gives a new UDP socket its options.
 pub fn restore(made: &OwnedFd, protocol: u32, opts: &UdpOptsEntry) -> SysResult<()> {
-    let mut opts = *opts;
+    cork::restore(made, protocol, opts)?;
+    let mut opts = opts.clone();
     for (name, field) in NUMBERS {
         if let Some(value) = *field(&mut opts) {
             ensure(made, protocol as i32, name, value as i32)?;
@@ -63,16 +62,7 @@ type Waiting = (SkPacketEntry, Vec<u8>);
 struct Found(Vec<Waiting>);
 
 /// Looks at what waits in a socket.
-pub fn capture(seen: &Seen, cx: &mut Capture<'_>, entry: &InetSkEntry) -> Result<(), ObjectError> {
-    // The level of UDP-Lite's options has its number as well.
-    let corked = socket::number(&seen.file, entry.proto as i32, UDP_CORK)? != 0;
-    if corked || gathers(seen)? {
-        let how = if corked { "is corked" } else { "has something to send (MSG_MORE)" };
-        cx.refuse(seen.refuse(
-            format!("UDP socket on port {} {how}: what it has gathered so far cannot be read", entry.src_port),
-            "dump when the program has sent it",
-        ));
-    }
+pub fn capture(seen: &Seen, cx: &mut Capture<'_>) -> Result<(), ObjectError> {
     for packet in queue::packets(&seen.file, false)? {
         let message = SkPacketEntry {
             id_for: seen.id,
@@ -83,19 +73,6 @@ pub fn capture(seen: &Seen, cx: &mut Capture<'_>, entry: &InetSkEntry) -> Result
         cx.shelf.get::<Found>().0.push((message, packet.data));
     }
     Ok(())
-}
-
-/// Whether the socket keeps something that it has not sent. What is on its way through an interface counts as well, but
-/// not for long.
-fn gathers(seen: &Seen) -> SysResult<bool> {
-    const LOOKS: u32 = 10;
-    for _ in 0..LOOKS {
-        if tcp::unsent_memory(&seen.file)? == 0 {
-            return Ok(false);
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    Ok(true)
 }
 
 /// Writes what was found.

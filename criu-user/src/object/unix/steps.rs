@@ -364,7 +364,7 @@ impl Deed for Fill {
             if !fits {
                 socket::set_number(from, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, ROOM)?;
             }
-            self.send(from, data, Extra { files, sender: ucred, to: &to })?;
+            self.send(from, data, Extra { files, sender: ucred, to: &to, ..Extra::default() })?;
         }
         Ok(())
     }
