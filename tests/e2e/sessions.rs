@@ -347,11 +347,11 @@ fn begun_at_once() {
 struct Group(std::path::PathBuf);
 
 impl Group {
-    fn new() -> Self {
+    fn new(name: &str) -> Self {
         let base = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"].into_iter().map(Path::new);
         let base =
             base.into_iter().find(|dir| dir.join("cgroup.procs").exists()).expect("a cgroup hierarchy of version 2");
-        let dir = base.join(format!("e2e-sessions-{}", std::process::id()));
+        let dir = base.join(format!("e2e-{name}-{}", std::process::id()));
         fs::create_dir(&dir).expect("making a control group");
         Self(dir)
     }
@@ -377,7 +377,7 @@ impl Drop for Group {
 
 #[test]
 fn trees_of_a_control_group() {
-    let group = Group::new();
+    let group = Group::new("trees");
     let dir = group.0.to_str().expect("a path");
     let refused = |words: &[&str], reason: &str| {
         let output = track(words);
@@ -389,14 +389,61 @@ fn trees_of_a_control_group() {
     group.add(&one);
     let tracker = Tracker::start(&["--cgroup", dir]);
     assert_eq!(tracker.next()["pid"], one.pid());
-    drop(tracker);
+    // Whoever comes into the group is tracked as well, and found by dumps.
     group.add(&two);
-    refused(&["--cgroup", dir], "several trees");
-    succeed(&["--cgroup", dir, "-d"]);
+    tracker.until("the tree that came later", |report| report["pid"] == two.pid());
+    assert!(is_listed(one.pid()) && is_listed(two.pid()));
+    refused(&["--cgroup", dir, "-d", "--metrics", "9"], "several");
+    // Its sessions end with it, however it ends.
+    drop(tracker);
     for program in [&mut one, &mut two] {
-        assert!(is_listed(program.pid()));
-        succeed(&["--stop", &program.pid().to_string()]);
+        wait_until("nobody tracks it", || !is_listed(program.pid()));
+        assert_untouched(program);
         program.finish();
+    }
+}
+
+/// In the background somebody stays for trees that come later, until the last session has ended.
+#[test]
+fn trees_that_come_into_a_control_group() {
+    let group = Group::new("later-trees");
+    let dir = group.0.to_str().expect("a path");
+    let keepers = || {
+        let is_one = |pid: &i32| {
+            let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let words: Vec<&[u8]> = words.split(|byte| *byte == 0).collect();
+            words.contains(&dir.as_bytes()) && words.contains(&b"--keep".as_slice())
+        };
+        let entries = fs::read_dir("/proc").expect("/proc").flatten();
+        entries.filter_map(|e| e.file_name().to_str()?.parse().ok()).filter(is_one).count()
+    };
+    let mut programs: Vec<Program> = (0..3).map(|_| Workload::new("threads.c", "many").start()).collect();
+    group.add(&programs[0]);
+    group.add(&programs[1]);
+    succeed(&["--cgroup", dir, "-d", "--no-ebpf", "--interval", "200"]);
+    assert!(programs[..2].iter().all(|program| is_listed(program.pid())));
+    assert_eq!(keepers(), 1);
+    group.add(&programs[2]);
+    wait_until("the tree that came later is tracked", || is_listed(programs[2].pid()));
+    // One that is not wanted any more is not begun with again.
+    succeed(&["--stop", &programs[0].pid().to_string()]);
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(!is_listed(programs[0].pid()));
+    for program in &programs[1..] {
+        succeed(&["--stop", &program.pid().to_string()]);
+    }
+    wait_until("nobody stays", || keepers() == 0);
+    programs.iter_mut().for_each(|program| {
+        assert_untouched(program);
+        program.finish();
+    });
+}
+
+fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(Instant::now() < end, "never came true: {what}");
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 

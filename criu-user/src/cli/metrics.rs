@@ -72,6 +72,11 @@ impl TrackMetrics {
         Ok(MetricsOptions { address: self.metrics, file })
     }
 
+    /// Whether any are asked for.
+    pub fn are_wanted(&self) -> bool {
+        self.metrics.is_some() || self.metrics_file.is_some()
+    }
+
     /// As words for a session that is started elsewhere.
     pub fn words(&self) -> std::io::Result<Vec<std::ffi::OsString>> {
         let MetricsOptions { address, file } = self.options()?;

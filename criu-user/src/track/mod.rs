@@ -96,7 +96,7 @@ pub enum TrackError {
     },
     /// More than one tree, where there can be one.
     #[error(
-        "there are several trees in the control group {path}, with the roots {roots:?}; track all of them in the background with -d, or one of them by its pid",
+        "metrics are of one tree, and there are several in the control group {path}, with the roots {roots:?}; track each by its pid, with metrics at a place of its own",
         path = path.display()
     )]
     SeveralTrees {
@@ -104,6 +104,14 @@ pub enum TrackError {
         path: PathBuf,
         /// The roots.
         roots: Vec<i32>,
+    },
+    /// A control group cannot be followed.
+    #[error("the control group {path} cannot be followed: {source}", path = path.display())]
+    Group {
+        /// Its directory.
+        path: PathBuf,
+        /// The reason.
+        source: std::io::Error,
     },
     /// The session was started and ended at once.
     #[error("the session of process {pid} did not start: {what}")]

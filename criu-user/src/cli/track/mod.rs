@@ -2,6 +2,7 @@
 
 mod command;
 mod dumper;
+mod group;
 mod panels;
 mod screen;
 
@@ -39,7 +40,7 @@ pub(super) struct TrackArgs {
     /// Start this command and track it from its first instruction; ends with its status
     #[arg(value_name = "COMMAND", last = true, conflicts_with_all = ["list", "stop", "detach"])]
     command: Vec<OsString>,
-    /// Track the tree that is in this control group (its directory), or all that are in it with -d
+    /// Track the trees that are in this control group (its directory), and those that come into it
     #[arg(long, value_name = "DIR", conflicts_with_all = ["pid", "list", "stop", "command"])]
     cgroup: Option<PathBuf>,
     /// Go on in the background
@@ -74,6 +75,9 @@ pub(super) struct TrackArgs {
     /// Be the session in the background
     #[arg(long, hide = true)]
     serve: bool,
+    /// Stay in the background for trees that come into the control group
+    #[arg(long, hide = true, requires = "cgroup")]
+    keep: bool,
     /// End with this process
     #[arg(long, hide = true, value_name = "PID", requires = "serve")]
     with: Option<i32>,
@@ -95,17 +99,20 @@ pub(super) fn run(args: TrackArgs) -> Outcome {
     if !args.command.is_empty() {
         return command::run(&args);
     }
-    let roots = match &args.cgroup {
-        Some(group) => roots_in(group)?,
-        None => vec![Pid::from_raw(args.pid.unwrap_or_default())],
+    let root = match &args.cgroup {
+        Some(dir) if args.keep => return group::keep(dir, &args),
+        Some(dir) if args.detach => return group::detach(dir, &args),
+        Some(dir) => match roots_in(dir)?[..] {
+            // The screen has room for one.
+            [root] if is_on_screen(&args) => root,
+            _ => return group::run(dir, &args),
+        },
+        None => Pid::from_raw(args.pid.unwrap_or_default()),
     };
     if args.detach {
-        return detach(&roots, &args);
+        begin_in_background(root, &args, &[])?;
+        return Ok(ExitCode::SUCCESS);
     }
-    let &[root] = &roots[..] else {
-        let path = args.cgroup.unwrap_or_default();
-        return Err(TrackError::SeveralTrees { path, roots: roots.iter().map(|root| root.as_raw()).collect() }.into());
-    };
     if !args.serve
         && let Some(client) = Client::connect(root)?
     {
@@ -149,22 +156,26 @@ async fn serve(root: Pid, args: &TrackArgs) -> Result<End, TrackError> {
     }
 }
 
-/// Starts sessions in the background, where there are none yet.
-fn detach(roots: &[Pid], args: &TrackArgs) -> Outcome {
+/// Starts a session in the background, unless there is one; `None` then.
+fn begin_in_background(root: Pid, args: &TrackArgs, further: &[OsString]) -> Result<Option<Started>, TrackError> {
+    if Client::connect(root)?.is_some() {
+        args.metrics.refuse_for(root)?;
+        return Ok(None);
+    }
+    let started = client::start(root, &[&session_words(args)?, further].concat())?;
+    if started == Started::Other {
+        args.metrics.refuse_for(root)?;
+    }
+    Ok(Some(started))
+}
+
+/// The options of a session that is started by another process.
+fn session_words(args: &TrackArgs) -> Result<Vec<OsString>, TrackError> {
     let mut words: Vec<OsString> = vec!["--interval".into(), args.interval.to_string().into()];
     words.extend(args.no_ebpf.then(|| "--no-ebpf".into()));
     words.extend(args.track_mem.words());
-    for &root in roots {
-        if Client::connect(root)?.is_some() {
-            args.metrics.refuse_for(root)?;
-            continue;
-        }
-        let metrics = args.metrics.words().map_err(|source| socket_failed(root, source))?;
-        if client::start(root, &[&words[..], &metrics].concat())? == Started::Other {
-            args.metrics.refuse_for(root)?;
-        }
-    }
-    Ok(ExitCode::SUCCESS)
+    words.extend(args.metrics.words().map_err(|source| socket_failed(Pid::this(), source))?);
+    Ok(words)
 }
 
 impl TrackArgs {
