@@ -73,9 +73,12 @@ offsets! {
     shared_frags: needed "skb_shared_info" "frags";
     shared_count: needed "skb_shared_info" "nr_frags";
     shared_list: needed "skb_shared_info" "frag_list";
-    frag_size: needed "skb_frag" "";
+    frag_size: optional "skb_frag" "";
     frag_netmem: optional "skb_frag" "netmem";
-    frag_page: optional "skb_frag" "bv_page";
     frag_length: optional "skb_frag" "len";
     frag_offset: optional "skb_frag" "offset";
+    vec_size: needed "bio_vec" "";
+    vec_page: needed "bio_vec" "bv_page";
+    vec_length: needed "bio_vec" "bv_len";
+    vec_offset: needed "bio_vec" "bv_offset";
 }

@@ -239,7 +239,7 @@ unsafe fn next_block(begins: impl Fn(u64) -> u32) {
         let (skb, frag) = (walk!(skb), walk!(frag));
         if frag < walk!(frags) {
             walk!(frag = frag + 1);
-            let at = shared(skb) + u64::from(off!(shared_frags)) + frag * u64::from(off!(frag_size));
+            let at = shared(skb) + u64::from(off!(shared_frags)) + frag * u64::from(either(off!(frag_size), off!(vec_size)));
             fragment(at);
             return;
         }
@@ -276,13 +276,20 @@ unsafe fn packet(skb: u64, begins: impl Fn(u64) -> u32) {
     }
 }
 
+/// Of a fragment, where a field is: before Linux 6.9 it is a `bio_vec`.
+#[inline(always)]
+fn either(fragment: u32, vec: u32) -> u32 {
+    if fragment == ABSENT { vec } else { fragment }
+}
+
 /// Begins with a part of a packet that is in a page.
 #[inline(always)]
 unsafe fn fragment(at: u64) {
     // SAFETY: all is read by a helper that checks the address.
     unsafe {
-        let page: u64 = if off!(frag_netmem) == ABSENT { get(at, off!(frag_page)) } else { get(at, off!(frag_netmem)) };
-        let (memory, length) = (TOLD.get(0).map_or(0, |told| told.memory), get::<u32>(at, off!(frag_length)));
+        let page: u64 = get(at, either(off!(frag_netmem), off!(vec_page)));
+        let length: u32 = get(at, either(off!(frag_length), off!(vec_length)));
+        let memory = TOLD.get(0).map_or(0, |told| told.memory);
         // With the lowest bit it is memory of a device.
         if memory == 0 || page & 1 != 0 {
             if let Some(piece) = place() {
@@ -292,6 +299,6 @@ unsafe fn fragment(at: u64) {
             return;
         }
         walk!(left = u64::from(length));
-        walk!(at = memory.wrapping_add(page << 6) + u64::from(get::<u32>(at, off!(frag_offset))));
+        walk!(at = memory.wrapping_add(page << 6) + u64::from(get::<u32>(at, either(off!(frag_offset), off!(vec_offset)))));
     }
 }

@@ -99,7 +99,7 @@ static inline long time_of_day(void)
 /* Gaps of more than a millisecond that watch_clock() has found: when each began, and how long it was. */
 static struct {
 	long from, length;
-} gaps[256];
+} gaps[4096];
 static int gap_count;
 
 /* The longest gap until the next word to go on. Nothing that could wait for a disk happens between two looks. */

@@ -12,6 +12,20 @@ use nix::sys::socket::{MsgFlags, NetlinkAddr, SockaddrStorage, bind, recv};
 use super::error::During;
 use super::{SysError, SysResult, proc, socket};
 
+/// Which way packets go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// From the interface to the machine.
+    In,
+    /// From the machine to the interface.
+    Out,
+}
+
+impl Way {
+    /// Both.
+    pub const BOTH: [Self; 2] = [Self::In, Self::Out];
+}
+
 /// Names and numbers of the interfaces that are up.
 pub fn up() -> SysResult<BTreeMap<String, u32>> {
     let all = getifaddrs().during("getifaddrs", "interfaces")?;

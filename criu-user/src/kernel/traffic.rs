@@ -11,6 +11,7 @@ use netlink_bindings::tc::{OpGetqdiscDump, OpGettfilterDump, OptionsMsg, Request
 use netlink_bindings::traits::{NetlinkRequest, Protocol};
 use nix::errno::Errno;
 
+use super::interfaces::Way;
 use super::{SysError, SysResult, sock_diag, socket};
 
 /// TC_H_CLSACT: where the discipline hangs; its handle is the upper half.
@@ -26,26 +27,13 @@ const ANY: u32 = 0;
 /// TCA_BPF_FLAG_ACT_DIRECT: the program's answer is the verdict.
 const VERDICT: u32 = 1;
 
-/// Which way packets go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
-    /// From the interface to the machine.
-    In,
-    /// From the machine to the interface.
-    Out,
-}
-
-impl Way {
-    const BOTH: [Self; 2] = [Self::In, Self::Out];
-
-    /// Where filters for it hang: TC_H_MIN_INGRESS, TC_H_MIN_EGRESS.
-    fn place(self) -> u32 {
-        CLSACT_HANDLE
-            | match self {
-                Self::In => 0xfff2,
-                Self::Out => 0xfff3,
-            }
-    }
+/// Where filters for a way hang: TC_H_MIN_INGRESS, TC_H_MIN_EGRESS.
+fn place(way: Way) -> u32 {
+    CLSACT_HANDLE
+        | match way {
+            Way::In => 0xfff2,
+            Way::Out => 0xfff3,
+        }
 }
 
 /// A filter at an interface.
@@ -123,7 +111,7 @@ impl Traffic {
         let add = |priority| {
             let mut request = Request::new().set_create().set_excl().op_newtfilter_do(&Tcmsg {
                 ifindex: interface as i32,
-                parent: way.place(),
+                parent: place(way),
                 info: priority << 16 | ALL_PROTOCOLS,
                 ..Tcmsg::new()
             });
@@ -142,7 +130,7 @@ impl Traffic {
     pub fn filters(&self, interface: u32) -> SysResult<Vec<Filter>> {
         let mut found = Vec::new();
         for way in Way::BOTH {
-            let of = Tcmsg { ifindex: interface as i32, parent: way.place(), ..Tcmsg::new() };
+            let of = Tcmsg { ifindex: interface as i32, parent: place(way), ..Tcmsg::new() };
             let asked = self.ask("filters", sock_diag::DUMP, &Request::new().op_gettfilter_dump(&of), |message| {
                 let (about, attributes) = OpGettfilterDump::decode_reply(message);
                 let program = match attributes.get_options() {
@@ -166,7 +154,7 @@ impl Traffic {
     /// Takes a filter away, if it is still there.
     pub fn remove(&self, filter: &Filter) -> SysResult<()> {
         let Filter { interface, way, info, handle, .. } = *filter;
-        let of = Tcmsg { ifindex: interface as i32, parent: way.place(), info, handle, ..Tcmsg::new() };
+        let of = Tcmsg { ifindex: interface as i32, parent: place(way), info, handle, ..Tcmsg::new() };
         match self.change("a filter", &Request::new().op_deltfilter_do(&of)) {
             Err(e) if [Errno::ENOENT, Errno::ENODEV, Errno::EINVAL].contains(&e.errno) => Ok(()),
             other => other,

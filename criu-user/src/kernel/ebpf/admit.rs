@@ -8,10 +8,10 @@ use criu_common::kfuncs;
 use criu_common::pending::Admission;
 
 use super::bpf::Purpose;
-use super::links::{self, Way};
+use super::links;
 use super::object::{Loaded, compiled};
 use super::{EbpfError, EbpfResult, btf, maps};
-use crate::kernel::interfaces;
+use crate::kernel::interfaces::{self, Way};
 
 /// The compiled programs.
 static OBJECT: Option<&[u8]> = compiled!("admit");

@@ -161,7 +161,11 @@ impl<'a> Btf<'a> {
         let offset = |source: &Source| match self.lookup(source.of, source.field)? {
             Some(value) => Ok(value),
             None if source.needed => {
-                Err(EbpfError::Missing { what: format!("field `{}` in `struct {}`", source.field, source.of) })
+                let what = match source.field {
+                    "" => format!("`struct {}`", source.of),
+                    field => format!("field `{field}` in `struct {}`", source.of),
+                };
+                Err(EbpfError::Missing { what })
             }
             None => Ok(ABSENT),
         };

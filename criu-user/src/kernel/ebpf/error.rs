@@ -2,6 +2,8 @@
 
 use std::io;
 
+use crate::kernel::SysError;
+
 /// Why the kernel could not be asked through eBPF.
 #[derive(Debug, thiserror::Error)]
 pub enum EbpfError {
@@ -53,6 +55,14 @@ pub enum EbpfError {
     Interfaces {
         /// What the kernel said.
         source: io::Error,
+    },
+    /// The gate cannot stand at interfaces as filters of traffic control.
+    #[error(
+        "cannot put filters of traffic control (clsact) at the interfaces of the network, or take them away: {source}"
+    )]
+    Filters {
+        /// What the kernel said.
+        source: SysError,
     },
     /// Nothing can be pinned.
     #[error("{call} of {path} failed: {source}; a bpf file system is needed there to keep connections held", path = path.display())]

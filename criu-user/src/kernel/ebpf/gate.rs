@@ -16,11 +16,11 @@ use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::bpf::Purpose;
 use super::latch::Latch;
-use super::links::{self, Way};
+use super::links;
 use super::object::{Loaded, compiled};
 use super::{EbpfError, EbpfResult, maps};
 use crate::kernel::SysError;
-use crate::kernel::interfaces::{self, Watch};
+use crate::kernel::interfaces::{self, Watch, Way};
 
 /// The compiled programs.
 static OBJECT: Option<&[u8]> = compiled!("gate");

@@ -20,14 +20,15 @@ use super::links;
 use super::object::{Loaded, compiled};
 use super::{EbpfError, EbpfResult, maps};
 use crate::kernel::apart::Watchman;
-use crate::kernel::traffic::{Filter, Traffic, Way};
+use crate::kernel::interfaces::Way;
+use crate::kernel::traffic::{Filter, Traffic};
 use crate::kernel::{SysError, SysResult, kept};
 
 /// The compiled program.
 static OBJECT: Option<&[u8]> = compiled!("latch");
 
-/// What filters are called at interfaces that had none before, and at others: who takes the last one of the former away
-/// takes along what filters hang on.
+/// What filters are called at interfaces that had no `clsact` before, and at others: who takes the last one of the former
+/// away takes that along.
 const ALONE: &CStr = c"criu-ebpf gate (alone)";
 const BESIDE: &CStr = c"criu-ebpf gate";
 /// Names in the directory of a gate.
@@ -54,8 +55,8 @@ fn failed(on: &'static str) -> impl FnOnce((&'static str, std::io::Error)) -> Eb
     move |(command, source)| EbpfError::Call { command, on: on.into(), source }
 }
 
-fn at_interfaces(error: SysError) -> EbpfError {
-    EbpfError::Interfaces { source: std::io::Error::other(error) }
+fn at_interfaces(source: SysError) -> EbpfError {
+    EbpfError::Filters { source }
 }
 
 impl Latch {
@@ -148,8 +149,7 @@ fn attach(program: BorrowedFd<'_>, to: &[u32]) -> SysResult<()> {
             } else {
                 BESIDE
             };
-            traffic.add(interface, Way::In, program, name)?;
-            traffic.add(interface, Way::Out, program, name)
+            Way::BOTH.iter().try_for_each(|&way| traffic.add(interface, way, program, name))
         })();
         match attached {
             Err(e) if e.errno == Errno::ENODEV => {}

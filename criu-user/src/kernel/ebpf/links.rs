@@ -11,19 +11,11 @@ use std::path::Path;
 
 use super::bpf::{BpfResult, call, owned};
 use super::{EbpfError, EbpfResult};
+use crate::kernel::interfaces::Way;
 
 const OBJ_PIN: (c_int, &str) = (6, "BPF_OBJ_PIN");
 const OBJ_GET: (c_int, &str) = (7, "BPF_OBJ_GET");
 const LINK_CREATE: (c_int, &str) = (28, "BPF_LINK_CREATE");
-
-/// Which way packets go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
-    /// From the interface to the machine: BPF_TCX_INGRESS.
-    In = 46,
-    /// From the machine to the interface: BPF_TCX_EGRESS.
-    Out = 47,
-}
 
 /// Puts a program at an interface, after those that are there already.
 pub fn attach(program: BorrowedFd<'_>, interface: u32, way: Way) -> BpfResult<OwnedFd> {
@@ -40,7 +32,11 @@ pub fn attach(program: BorrowedFd<'_>, interface: u32, way: Way) -> BpfResult<Ow
     let create = Create {
         prog_fd: program.as_raw_fd() as u32,
         target_ifindex: interface,
-        attach_type: way as u32,
+        // BPF_TCX_INGRESS, BPF_TCX_EGRESS
+        attach_type: match way {
+            Way::In => 46,
+            Way::Out => 47,
+        },
         flags: 0,
         relative_fd: 0,
         padding: 0,
@@ -48,11 +44,6 @@ pub fn attach(program: BorrowedFd<'_>, interface: u32, way: Way) -> BpfResult<Ow
     };
     // SAFETY: no pointers; the answer is a new descriptor.
     Ok(unsafe { owned(call(LINK_CREATE, &create)?) })
-}
-
-impl Way {
-    /// Both.
-    pub const BOTH: [Self; 2] = [Self::In, Self::Out];
 }
 
 /// `union bpf_attr` of commands about a pin.
