@@ -239,7 +239,8 @@ unsafe fn next_block(begins: impl Fn(u64) -> u32) {
         let (skb, frag) = (walk!(skb), walk!(frag));
         if frag < walk!(frags) {
             walk!(frag = frag + 1);
-            let at = shared(skb) + u64::from(off!(shared_frags)) + frag * u64::from(either(off!(frag_size), off!(vec_size)));
+            let at =
+                shared(skb) + u64::from(off!(shared_frags)) + frag * u64::from(either(off!(frag_size), off!(vec_size)));
             fragment(at);
             return;
         }
@@ -299,6 +300,9 @@ unsafe fn fragment(at: u64) {
             return;
         }
         walk!(left = u64::from(length));
-        walk!(at = memory.wrapping_add(page << 6) + u64::from(get::<u32>(at, either(off!(frag_offset), off!(vec_offset)))));
+        walk!(
+            at =
+                memory.wrapping_add(page << 6) + u64::from(get::<u32>(at, either(off!(frag_offset), off!(vec_offset))))
+        );
     }
 }

@@ -95,10 +95,10 @@ fn whole(pair: &Pair, kind: &str) -> Result<Duration> {
 fn redis(pair: &Pair, rounds: usize) -> Result<Line> {
     let redis = Redis::start()?;
     redis.command(&["DEBUG", "POPULATE", "1000000", "key", "900"])?;
-    redis.speed("1")?;
+    redis.speed(1)?;
     let mut ratios = Vec::new();
     for round in 1..=rounds {
-        let without = redis.speed("1")?;
+        let without = redis.speed(1)?;
         let done = AtomicBool::new(false);
         let with = std::thread::scope(|scope| {
             let dumps = scope.spawn(|| -> Result<u32> {
@@ -111,7 +111,7 @@ fn redis(pair: &Pair, rounds: usize) -> Result<Line> {
                 }
                 Ok(count)
             });
-            let with = redis.speed("1");
+            let with = redis.speed(1);
             done.store(true, Ordering::Relaxed);
             let count = dumps.join().map_err(|_| anyhow::anyhow!("the dumping thread"))??;
             eprintln!("redis · round {round}: {count} live dumps meanwhile");
