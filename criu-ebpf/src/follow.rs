@@ -3,7 +3,6 @@
 //! It is run for one process at a time (`bpf_iter_link_info.task`), so the kernel itself looks the pid up in the
 //! engine's namespace, and no number is ever translated by hand.
 
-use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated::bpf_seq_write;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::Array;
@@ -11,6 +10,7 @@ use criu_common::offsets::ABSENT;
 use criu_common::watch::{BY_CGROUP, Followed, Order, SHARED_DESCRIPTORS};
 
 use crate::access::{get, off};
+use crate::contexts::TaskContext;
 use crate::ids::{id_at, reader_level};
 use crate::tracked::{entry, find, insert, key_of, remove, set_level};
 
@@ -20,18 +20,6 @@ static ORDER: Array<u32> = Array::with_max_entries(1, 0);
 const FOLLOW: u32 = Order::Follow as u32;
 const FOLLOW_BY_CGROUP: u32 = Order::FollowByCgroup as u32;
 const FORGET: u32 = Order::Forget as u32;
-
-/// `struct bpf_iter_meta` and `struct bpf_iter__task`: part of the interface, so not looked up.
-#[repr(C)]
-struct Meta {
-    seq: *mut c_void,
-}
-
-#[repr(C)]
-struct TaskContext {
-    meta: *const Meta,
-    task: *const c_void,
-}
 
 /// Writes a [`Followed`] for each thread of the process.
 #[unsafe(no_mangle)]

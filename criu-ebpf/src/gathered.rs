@@ -9,13 +9,17 @@
 #[expect(dead_code, reason = "what the other programs need of it")]
 mod access;
 #[expect(dead_code, reason = "what the other programs need of it")]
+mod contexts;
+mod descriptors;
+#[expect(dead_code, reason = "what the other programs need of it")]
 mod kfuncs;
 mod queue;
 
 use access::{Scratch, get, off};
-use aya_ebpf::cty::c_void;
+use contexts::FileContext;
 use criu_common::gathered::{Gathered, Offsets};
 use criu_common::offsets::ABSENT;
+use descriptors::socket_of;
 
 /// Filled in by the engine before the program is loaded.
 #[unsafe(no_mangle)]
@@ -25,9 +29,6 @@ static OFFSETS: Offsets = Offsets::UNKNOWN;
 #[unsafe(link_section = "license")]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 
-/// S_IFMT and S_IFSOCK.
-const TYPE: u16 = 0o170_000;
-const SOCKET: u16 = 0o140_000;
 const AF_INET: u16 = 2;
 const AF_INET6: u16 = 10;
 const SOCK_DGRAM: u16 = 2;
@@ -36,33 +37,16 @@ const IPPROTO_UDPLITE: u16 = 136;
 /// `struct udphdr`: at the beginning of the first packet.
 const HEADER: u32 = 8;
 
-/// `struct bpf_iter__task_file`
-#[repr(C)]
-struct Context {
-    meta: *const c_void,
-    task: *const c_void,
-    fd: u32,
-    file: *const c_void,
-}
-
 /// Whether the first packet is still to come. Not in a register: see [`kfuncs::repeat`].
 static IS_FIRST: Scratch<u32> = Scratch::new(0);
 
 /// `iter/task_file`: [`Gathered`] of each socket that has gathered anything, and its data.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/task_file")]
-extern "C" fn gathered(ctx: *const Context) -> i32 {
+extern "C" fn gathered(ctx: *const FileContext) -> i32 {
     // SAFETY: the kernel fills the context in; all else is read by a helper that checks the address.
     unsafe {
-        let file = (*ctx).file as u64;
-        if file == 0 {
-            return 0;
-        }
-        let inode: u64 = get(file, off!(file_inode));
-        if get::<u16>(inode, off!(inode_mode)) & TYPE != SOCKET {
-            return 0;
-        }
-        let socket: u64 = get(get(file, off!(file_private_data)), off!(socket_sk));
+        let Some((inode, socket)) = socket_of((*ctx).file as u64) else { return 0 };
         let family: u16 = get(socket, off!(sock_family));
         let protocol: u16 = get(socket, off!(sock_protocol));
         if family != AF_INET && family != AF_INET6
@@ -77,7 +61,7 @@ extern "C" fn gathered(ctx: *const Context) -> i32 {
         }
         queue::find_memory();
         if let Some(record) = queue::record::<Gathered>() {
-            describe(record, socket, get(inode, off!(inode_ino)), pending as u16);
+            describe(record, socket, inode, pending as u16);
         }
         IS_FIRST.get().write_volatile(1);
         queue::clear();

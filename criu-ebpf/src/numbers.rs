@@ -9,12 +9,16 @@
 
 #[expect(dead_code, reason = "what the other programs need of it")]
 mod access;
+#[expect(dead_code, reason = "what the other programs need of it")]
+mod contexts;
+mod descriptors;
 
 use access::{get, off};
-use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_seq_write};
+use contexts::FileContext;
 use criu_common::numbers::{Numbers, Offsets};
 use criu_common::offsets::ABSENT;
+use descriptors::socket_of;
 
 /// Filled in by the engine before the program is loaded.
 #[unsafe(no_mangle)]
@@ -24,46 +28,25 @@ static OFFSETS: Offsets = Offsets::UNKNOWN;
 #[unsafe(link_section = "license")]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 
-/// S_IFMT and S_IFSOCK.
-const TYPE: u16 = 0o170_000;
-const SOCKET: u16 = 0o140_000;
 const AF_INET: u16 = 2;
 const AF_INET6: u16 = 10;
 const IPPROTO_TCP: u16 = 6;
 const IPPROTO_MPTCP: u16 = 262;
 
-/// `struct bpf_iter_meta`: part of the interface, so not looked up.
-#[repr(C)]
-struct Meta {
-    seq: *mut c_void,
-}
-
-/// `struct bpf_iter__task_file`
-#[repr(C)]
-struct Context {
-    meta: *const Meta,
-    task: *const c_void,
-    fd: u32,
-    file: *const c_void,
-}
-
 /// `iter/task_file`: [`Numbers`] of each descriptor that is a TCP socket.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/task_file")]
-extern "C" fn numbers(ctx: *const Context) -> i32 {
+extern "C" fn numbers(ctx: *const FileContext) -> i32 {
     // SAFETY: the kernel fills the context in; all else is read by a helper that checks the address.
     unsafe {
-        let (task, file) = ((*ctx).task as u64, (*ctx).file as u64);
-        if task == 0 || file == 0 || get::<u64>(task, off!(task_group_leader)) != task {
+        let task = (*ctx).task as u64;
+        if task == 0 || get::<u64>(task, off!(task_group_leader)) != task {
             return 0;
         }
-        let inode: u64 = get(file, off!(file_inode));
-        if get::<u16>(inode, off!(inode_mode)) & TYPE != SOCKET {
-            return 0;
-        }
-        let socket = tcp_of(get(get(file, off!(file_private_data)), off!(socket_sk)));
+        let Some((inode, socket)) = socket_of((*ctx).file as u64) else { return 0 };
+        let socket = tcp_of(socket);
         if socket != 0 {
-            let record = read(socket, get(inode, off!(inode_ino)));
+            let record = read(socket, inode);
             bpf_seq_write((*(*ctx).meta).seq.cast(), (&raw const record).cast(), size_of::<Numbers>() as u32);
         }
     }

@@ -15,6 +15,9 @@
 #[expect(dead_code, reason = "what the other programs need of it")]
 mod access;
 #[expect(dead_code, reason = "what the other programs need of it")]
+mod contexts;
+mod descriptors;
+#[expect(dead_code, reason = "what the other programs need of it")]
 mod kfuncs;
 mod queue;
 
@@ -23,8 +26,10 @@ use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::HashMap;
+use contexts::FileContext;
 use criu_common::offsets::ABSENT;
 use criu_common::pending::{Client, MOST_LISTENERS, Offsets};
+use descriptors::socket_of;
 use queue::{STEPS, TOLD};
 
 /// Filled in by the engine before the program is loaded.
@@ -40,21 +45,9 @@ const BPF_F_NO_PREALLOC: u32 = 1;
 /// TCP_LISTEN and TCP_NEW_SYN_RECV
 const LISTEN: u8 = 10;
 const NEW_SYN_RECV: u8 = 12;
-/// S_IFMT and S_IFSOCK.
-const TYPE: u16 = 0o170_000;
-const SOCKET: u16 = 0o140_000;
 /// Inodes of the listening sockets that are asked about; not 0 where it was looked at: there may be more descriptors of it.
 #[map]
 static LISTENERS: HashMap<u64, u32> = HashMap::with_max_entries(MOST_LISTENERS, BPF_F_NO_PREALLOC);
-
-/// `struct bpf_iter__task_file`
-#[repr(C)]
-struct Context {
-    meta: *const c_void,
-    task: *const c_void,
-    fd: u32,
-    file: *const c_void,
-}
 
 /// The inode of the listening socket, and the request that comes next. Not in registers: see [`kfuncs::repeat`].
 static LISTENER: Scratch<u64> = Scratch::new(0);
@@ -63,25 +56,15 @@ static REQUEST: Scratch<u64> = Scratch::new(0);
 /// `iter/task_file`: a [`Client`] for each that waits, and its data.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/task_file")]
-extern "C" fn pending(ctx: *const Context) -> i32 {
+extern "C" fn pending(ctx: *const FileContext) -> i32 {
     // SAFETY: the kernel fills the context in; all else is read by a helper that checks the address.
     unsafe {
-        let file = (*ctx).file as u64;
-        if file == 0 {
-            return 0;
-        }
-        // Those of other kinds of files may have the same number.
-        let inode: u64 = get(file, off!(file_inode));
-        let number: u64 = get(inode, off!(inode_ino));
-        if get::<u16>(inode, off!(inode_mode)) & TYPE != SOCKET {
-            return 0;
-        }
+        let Some((number, listener)) = socket_of((*ctx).file as u64) else { return 0 };
         let Some(seen) = LISTENERS.get_ptr_mut(number) else { return 0 };
         if *seen != 0 {
             return 0;
         }
         *seen = 1;
-        let listener: u64 = get(get(file, off!(file_private_data)), off!(socket_sk));
         if get::<u8>(listener, off!(skc_state)) != LISTEN {
             return 0;
         }

@@ -21,6 +21,7 @@ use criu_common::watch::{
 };
 
 use crate::access::{Scratch, get, load, off};
+use crate::contexts::FileContext;
 use crate::tracked::{Wake, current, find, key_of, lost, send};
 
 /// Without room set aside: most trees have few.
@@ -121,20 +122,6 @@ fn watch_socket_end(ctx: BtfTracePointContext) -> i32 {
     let sk: u64 = ctx.arg(0);
     let _ = OWNERS.remove(sk);
     0
-}
-
-/// `struct bpf_iter_meta` and `struct bpf_iter__task_file`: part of the interface, so not looked up.
-#[repr(C)]
-struct Meta {
-    seq: *mut c_void,
-}
-
-#[repr(C)]
-struct FileContext {
-    meta: *const Meta,
-    task: *const c_void,
-    fd: u32,
-    file: *const c_void,
 }
 
 // SAFETY: plain data, for which zeros are a value.

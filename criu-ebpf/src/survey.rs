@@ -9,12 +9,14 @@
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
 mod access;
+mod contexts;
 mod ids;
 mod task;
 
 use access::{Scratch, get, load, load_pointer, off};
 use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated::{bpf_d_path, bpf_probe_read_kernel_str, bpf_seq_write};
+use contexts::{FileContext, Meta};
 use criu_common::offsets::{ABSENT, Offsets};
 use criu_common::survey::{File, Header, Kind, NAME_MAX, PATH_MAX, Tail, Vma};
 
@@ -26,27 +28,12 @@ static OFFSETS: Offsets = Offsets::UNKNOWN;
 #[unsafe(link_section = "license")]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 
-/// `struct bpf_iter_meta`: part of the interface, so not looked up.
-#[repr(C)]
-struct Meta {
-    seq: *mut c_void,
-}
-
 /// `struct bpf_iter__task_vma`
 #[repr(C)]
 struct VmaContext {
     meta: *const Meta,
     task: *const c_void,
     vma: *const c_void,
-}
-
-/// `struct bpf_iter__task_file`
-#[repr(C)]
-struct FileContext {
-    meta: *const Meta,
-    task: *const c_void,
-    fd: u32,
-    file: *const c_void,
 }
 
 /// Where tails are made.

@@ -5,8 +5,8 @@ use aya_ebpf::helpers::generated::bpf_seq_write;
 use criu_common::offsets::ABSENT;
 use criu_common::survey::{AUXV_WORDS, Header, Kind, LIMITS, Mm, Process, RESTART_MAX, Thread};
 
-use crate::Meta;
 use crate::access::{Scratch, copy, get, is_set, load, off, read};
+use crate::contexts::TaskContext;
 use crate::ids::{id_at, reader_level};
 
 /// Index of the process group and of the session in `signal_struct.pids` (`enum pid_type`).
@@ -14,13 +14,6 @@ const PIDTYPE_PGID: u64 = 2;
 const PIDTYPE_SID: u64 = 3;
 /// Bit of `task_struct.atomic_flags` (include/linux/sched.h).
 const PFA_NO_NEW_PRIVS: u64 = 1;
-
-/// `struct bpf_iter__task`
-#[repr(C)]
-struct TaskContext {
-    meta: *const Meta,
-    task: *const c_void,
-}
 
 // SAFETY: plain data, for which zeros are a value.
 static THREAD: Scratch<Thread> = Scratch::new(unsafe { core::mem::zeroed() });

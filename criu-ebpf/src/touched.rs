@@ -14,6 +14,9 @@
 #[expect(dead_code, reason = "what the other programs need of it")]
 mod access;
 #[expect(dead_code, reason = "what the other programs need of it")]
+mod contexts;
+mod descriptors;
+#[expect(dead_code, reason = "what the other programs need of it")]
 mod kfuncs;
 
 use access::{Scratch, get, load, off, read};
@@ -22,7 +25,9 @@ use aya_ebpf::helpers::generated::{bpf_get_current_task_btf, bpf_seq_write};
 use aya_ebpf::macros::{btf_tracepoint, map};
 use aya_ebpf::maps::HashMap;
 use aya_ebpf::programs::BtfTracePointContext;
+use contexts::TaskContext;
 use criu_common::touched::{Connection, MOST_SOCKETS, MOST_TOLD, Offsets, UNKNOWN};
+use descriptors::socket_of;
 
 /// Filled in by the engine before the program is loaded.
 #[unsafe(no_mangle)]
@@ -51,27 +56,11 @@ const X32_BIT: u32 = 30;
 #[map]
 static SOCKETS: HashMap<u64, u32> = HashMap::with_max_entries(MOST_SOCKETS, BPF_F_NO_PREALLOC);
 
-/// S_IFMT and S_IFSOCK.
-const TYPE: u16 = 0o170_000;
-const SOCKET: u16 = 0o140_000;
 const AF_INET: u16 = 2;
 const AF_INET6: u16 = 10;
 const IPPROTO_TCP: u16 = 6;
 /// The states that are neither without a peer (7, 10) nor on the way to one (2, 3): include/net/tcp_states.h.
 const CONNECTED: [u8; 6] = [1, 4, 5, 8, 9, 11];
-
-/// `struct bpf_iter_meta`: part of the interface, so not looked up.
-#[repr(C)]
-struct Meta {
-    seq: *mut c_void,
-}
-
-/// `struct bpf_iter__task`
-#[repr(C)]
-struct Context {
-    meta: *const Meta,
-    task: *const c_void,
-}
 
 /// The process that is looked at; the descriptor that is looked at next, and how many connections were told of: see
 /// [`kfuncs::repeat`].
@@ -84,7 +73,7 @@ static TOLD: Scratch<u32> = Scratch::new(0);
 /// owner closes just then was still open when it is closed.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/task")]
-extern "C" fn connections(ctx: *const Context) -> i32 {
+extern "C" fn connections(ctx: *const TaskContext) -> i32 {
     // SAFETY: the kernel fills the context in; all else is read by a helper that checks the address. A table that the process
     // gives up meanwhile stays as long as this lasts (RCU); of a description that is made anew something else may be
     // read, and whoever is told of it looks again.
@@ -128,16 +117,12 @@ extern "C" fn connections(ctx: *const Context) -> i32 {
 unsafe fn connection(file: u64) -> Option<u64> {
     // SAFETY: all is read by a helper that checks the address.
     unsafe {
-        let inode: u64 = get(file, off!(file_inode));
-        if file == 0 || get::<u16>(inode, off!(inode_mode)) & TYPE != SOCKET {
-            return None;
-        }
-        let socket: u64 = get(get(file, off!(file_private_data)), off!(socket_sk));
+        let (inode, socket) = socket_of(file)?;
         let family = get::<u16>(socket, off!(sock_family));
         let is_tcp =
             (family == AF_INET || family == AF_INET6) && get::<u16>(socket, off!(sock_protocol)) == IPPROTO_TCP;
         let is_one = is_tcp && CONNECTED.contains(&get::<u8>(socket, off!(sock_state)));
-        if is_one { Some(get(inode, off!(inode_ino))) } else { None }
+        if is_one { Some(inode) } else { None }
     }
 }
 
@@ -167,7 +152,7 @@ fn touched(ctx: BtfTracePointContext) -> i32 {
                 note(UNKNOWN);
             }
         } else if is_ours {
-            match socket_of(task, load::<u64>(regs, off!(regs_arg0)) as u32) {
+            match inode_of(task, load::<u64>(regs, off!(regs_arg0)) as u32) {
                 0 if ctx.arg::<i64>(1) == -EBADF => {}
                 // 0, where it was closed by another thread meanwhile, is the entry for what is unknown.
                 inode => note(inode),
@@ -179,7 +164,7 @@ fn touched(ctx: BtfTracePointContext) -> i32 {
 
 /// The inode of what a task has under a descriptor; 0 where there is nothing.
 #[inline(always)]
-unsafe fn socket_of(task: *const c_void, fd: u32) -> u64 {
+unsafe fn inode_of(task: *const c_void, fd: u32) -> u64 {
     // SAFETY: all is read by a helper that checks the address.
     unsafe {
         let table: u64 = get(get(task as u64, off!(task_files)), off!(files_fdt));

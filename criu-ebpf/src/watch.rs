@@ -21,6 +21,7 @@
 #[expect(dead_code, reason = "shared with the survey")]
 mod access;
 mod cgroups;
+mod contexts;
 mod follow;
 mod ids;
 mod lifecycle;
