@@ -60,7 +60,8 @@ pub fn write(contenders: &[Contender; 2], measured: &[(&Row, [Outcome; 2])], rou
     let mut text = format!(
         "# Bench\n\nMade by `cargo xtask bench` on {}. Medians of {rounds} rounds in which both engines took their turns on \
          the same programs; after each restore the program checked all its memory, threads, children and descriptors.\n\n\
-         Machine: {}.\n",
+         Machine: {}.\n\nTracking, dumps after pre-dumps and live dumps: [bench-tracking.md](bench-tracking.md). Connections: \
+         [tcp.md](tcp.md#many-connections).\n",
         today(),
         machine()
     );

@@ -46,7 +46,7 @@ const RELEASES: [Release; 2] = [
             "memory::copy_on_write",
             "pipes::content",
             "tcp::close_wait_v4",
-            "tcp::killed::dump",
+            "tcp::killed::dump::",
             "tcp::clsact::remote_v6",
             "tcp::nftables::close_wait",
             "timers::posix_timers",
