@@ -20,7 +20,7 @@ use super::links;
 use super::object::{Loaded, compiled};
 use super::{EbpfError, EbpfResult, maps};
 use crate::kernel::apart::Watchman;
-use crate::kernel::interfaces::Way;
+use crate::kernel::interfaces::{self, Way};
 use crate::kernel::traffic::{Filter, Traffic};
 use crate::kernel::{SysError, SysResult, kept};
 
@@ -68,7 +68,8 @@ impl Latch {
         let array = object.take_map("GATE")?;
         maps::set_program(array.as_fd(), gate).map_err(failed("the latch"))?;
         sweep().map_err(at_interfaces)?;
-        let watchman = Watchman::start(|_| sweep_after(number)).map_err(at_interfaces)?;
+        let bare = bare().map_err(at_interfaces)?;
+        let watchman = Watchman::start(move |_| sweep_after(number, &bare)).map_err(at_interfaces)?;
         Ok(Self { program, number, gate: Some(array), stays: false, _watchman: Some(watchman) })
     }
 
@@ -196,14 +197,33 @@ fn is_open(number: u32) -> Option<bool> {
     maps::has_program(array.as_fd()).ok().map(|has| !has)
 }
 
+/// Interfaces that have no `clsact` as yet.
+fn bare() -> SysResult<Vec<u32>> {
+    let prepared = Traffic::open()?.prepared()?;
+    Ok(interfaces::up()?.into_values().filter(|interface| !prepared.contains(interface)).collect())
+}
+
 /// What the watchman does when the engine has died: its helpers may hold the gate for a moment longer. One that has got
 /// names stays.
-fn sweep_after(number: u32) {
+fn sweep_after(number: u32, bare: &[u32]) {
     for _ in 0..PATIENCE {
-        match is_open(number) {
-            Some(false) => sleep(PAUSE),
-            Some(true) => return drop(detach(|one| one == number)),
-            None => return,
+        if is_open(number) != Some(false) {
+            let _ = detach(|one| one == number).and_then(|()| strip(bare));
+            return;
+        }
+        sleep(PAUSE);
+    }
+}
+
+/// Takes `clsact` from interfaces where nothing hangs on it: it may have been made by an engine that died before it had put
+/// a filter there.
+fn strip(bare: &[u32]) -> SysResult<()> {
+    let (_turn, traffic) = (turn()?, Traffic::open()?);
+    let prepared = traffic.prepared()?;
+    for &interface in bare.iter().filter(|interface| prepared.contains(interface)) {
+        if traffic.filters(interface)?.is_empty() {
+            traffic.restore(interface)?;
         }
     }
+    Ok(())
 }
