@@ -13,6 +13,7 @@ use crate::freeze::{self, FreezeError, Frozen, FrozenProcess, Release};
 use crate::head_start::HeadStart;
 use crate::image::proto::{DumpStatsEntry, InventoryEntry, StatsEntry, TaskKobjIdsEntry};
 use crate::image::{ImageDir, ImageError, ImageKind, Lasting};
+use crate::kernel::limits::{self, ManyFiles};
 use crate::kernel::pidfd::PidFd;
 use crate::kernel::proc::{self, Shown};
 use crate::kernel::survey::{PAGE, Vma};
@@ -89,6 +90,12 @@ pub struct DumpOptions {
 }
 
 impl DumpOptions {
+    /// Whether the tree stands still until its images are complete. One that is to be killed must not be before they are;
+    /// one that runs on need not wait for that, unless somebody wants to see it standing beside them.
+    fn is_complete_first(&self, observer: &dyn Observer) -> bool {
+        self.release == Release::Kill || observer.acts_after_dump() && self.live.is_none()
+    }
+
     /// How far the images come before they are a dump. A tree that is to be killed stands still meanwhile (see decision 012);
     /// files that were made beforehand are as long as they should be before they hold what they should.
     fn lasting(&self) -> Lasting {
@@ -185,6 +192,7 @@ pub(crate) fn rate(bytes: u64, time: Duration) -> u64 {
 /// Dumps a tree.
 pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, DumpError> {
     let begin = Instant::now();
+    let _files = ManyFiles::allow();
     let dir = ImageDir::create(&options.images_dir)?;
     info!(pid = options.pid.as_raw(), images = %dir.path().display(), "dump of the tree");
     // What a session knows to be in the way is said before anything stands still.
@@ -219,13 +227,16 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
         Prepared::make(&dir, &in_freeze, &history, |pid| head_start.expected(pid))
     };
     let live = live.unwrap_or_default();
-    seen::make_room(&tree);
+    seen::make_room(&tree, files_of(&tree, 0));
     let ahead = match options.survey {
         Source::Proc => Ahead::default(),
         _ => Ahead::ask(&tree, options.caching),
     };
     if options.tcp_established && ahead.are_likely() {
         hold.expect_idle(options.caching);
+    }
+    if options.is_complete_first(observer) {
+        dir.prepare(files_of(&tree, ahead.connections()));
     }
     surveyor.read_ahead(options.pid);
     prepared.give_back();
@@ -288,6 +299,17 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
     Ok(summary)
 }
 
+/// About how many images there will be of a tree with so many connections.
+fn files_of(tree: &[Pid], connections: usize) -> usize {
+    /// Of a process: memory map, page map, pages, descriptors, file system, and ids.
+    const OF_EACH: usize = 6;
+    /// Of the descriptors that we may have, the part that may be taken by them.
+    const SHARE: u64 = 4;
+    let threads: usize = tree.iter().map(|&pid| proc::threads(pid).map_or(0, |threads| threads.len())).sum();
+    let all = tree.len() * OF_EACH + threads + connections;
+    all.min(usize::try_from(limits::open_files() / SHARE).unwrap_or(usize::MAX))
+}
+
 /// Has the session collect for an image after this one, if there can be one.
 fn go_on_from(options: &DumpOptions, lineage: Lineage) {
     if options.release != Release::Kill
@@ -297,8 +319,7 @@ fn go_on_from(options: &DumpOptions, lineage: Lineage) {
     }
 }
 
-/// Completes the dump, and lets the tree go. One that is to be killed must not be before its images are safe; one that
-/// runs on need not wait for that, unless somebody wants to see it standing beside them.
+/// Completes the dump, and lets the tree go.
 fn release(
     options: &DumpOptions,
     observer: &dyn Observer,
@@ -325,7 +346,7 @@ fn release(
         }
         Ok(())
     };
-    let first = options.release == Release::Kill || observer.acts_after_dump() && options.live.is_none();
+    let first = options.is_complete_first(observer);
     if first {
         complete(&hold)?;
     }

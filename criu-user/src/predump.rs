@@ -14,6 +14,7 @@ use tracing::{debug, info, warn};
 use crate::dump::{micros, rate};
 use crate::image::proto::{DumpStatsEntry, InventoryEntry, StatsEntry};
 use crate::image::{ImageDir, ImageError, ImageKind, Lasting, PageRange, PagesWriter};
+use crate::kernel::limits::ManyFiles;
 use crate::kernel::mem::ProcessMemory;
 use crate::kernel::pagemap::{PageKind, PageMap, Region};
 use crate::kernel::proc::Shown;
@@ -106,6 +107,7 @@ pub(crate) struct Counts {
 /// Pre-dumps a tree.
 pub fn pre_dump(options: &PreDumpOptions, observer: &dyn Observer) -> Result<PreDumpSummary, PreDumpError> {
     let begin = Instant::now();
+    let _files = ManyFiles::allow();
     let dir = ImageDir::create(&options.images_dir)?;
     info!(pid = options.pid.as_raw(), images = %dir.path().display(), "pre-dump of the tree");
     tell(observer, Moment::PreDump, Some(options.pid))?;

@@ -14,6 +14,7 @@ use crate::image::proto::{
     CoreEntry, FileEntry, FsEntry, MmEntry, PstreeEntry, RestoreStatsEntry, StatsEntry, TaskKobjIdsEntry, TimensEntry,
 };
 use crate::image::{ImageDir, ImageError, ImageKind, TaskState, references};
+use crate::kernel::limits::ManyFiles;
 use crate::kernel::root::Root;
 use crate::object::cgroup::{Manage, NewRoot};
 use crate::object::file::{Planner, Shelf, read_table};
@@ -111,6 +112,7 @@ pub struct Summary {
 /// Restores a tree, and gives its root.
 pub fn restore(options: &RestoreOptions, observer: &dyn Observer) -> Result<Summary, RestoreError> {
     let begin = Instant::now();
+    let _files = ManyFiles::allow();
     let dir = ImageDir::open(&options.images_dir)?;
     info!(images = %dir.path().display(), "restore");
     tell(observer, Moment::PreRestore, None)?;

@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use e2e::{Options, Program, Row, Workload, rows, workload_rows};
+use e2e::{Options, Program, Row, Workload, engine::adopt, rows, workload_rows};
 
 use crate::net::Network;
 
@@ -188,6 +188,25 @@ fn many(row: &Row) {
     pair.finish();
 }
 
+/// An engine whose limit of open files is lower than what the tree has. The tree keeps its own.
+fn many_with_few_files(row: &Row) {
+    const SCRIPT: &str = "ulimit -Sn 64; exec \"$@\"";
+    let row = kept(row);
+    let mut pair = Pair::of("tcp.py", "many", &[("E2E_FAMILY", "v4"), ("E2E_CONNECTIONS", "200")]);
+    pair.program.next();
+    let limits = || fs::read_to_string(format!("/proc/{}/limits", pair.program.pid())).expect("the program's limits");
+    let before = limits();
+    let (images, tree) = (row.next_images(&pair.program), pair.program.tree());
+    fs::create_dir_all(&images).expect("creating a directory");
+    let words = row.dumper.dump_words(&pair.program, &images, &row.options);
+    row.dumper.call_by(SCRIPT, &words, &images, "dump").expect_success();
+    pair.program.expect_gone(&tree);
+    let words = row.restorer.restore_words(&images, &row.options);
+    adopt(&pair.program, &images, row.restorer.call_by(SCRIPT, &words, &images, "restore"));
+    assert_eq!(limits(), before, "the restored program's limits");
+    pair.finish();
+}
+
 fn syn_sent(row: &Row) {
     let mut peer = Workload::new("tcp.py", "full").start();
     let workload = Workload::new("tcp.py", "syn_sent");
@@ -320,6 +339,8 @@ rows! {
     reset_v4 => |row| state(row, "reset", "v4");
     reset_v6 => |row| state(row, "reset", "v6");
     many_connections => many;
+    many_connections_and_few_files => many_with_few_files;
+    many_that_have_ended => |row| state(row, "many_ended", "v4");
     request_sent => syn_sent;
     client_asks_later => late_client;
     gate_is_cleared => cleared;

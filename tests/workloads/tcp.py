@@ -666,6 +666,48 @@ def many_peer():
 
 
 @case
+def many_ended():
+    """Connections of one port, of which every second has been reset and every fourth closed by both ends."""
+    sock = listener()
+    sock.listen(4096)
+    announce(sock.getsockname()[1])
+    yield
+    ends = [sock.accept()[0] for _ in range(200)]
+    for end in ends[::4]:
+        reach(end, CLOSE_WAIT)
+        end.shutdown(socket.SHUT_WR)
+    for end in ends[::4] + ends[1::2]:
+        reach(end, CLOSE)
+    yield
+    for end in ends[::4]:
+        equal((state(end), everything(end)), (CLOSE, b""), "a closed one")
+    for end in ends[1::2]:
+        equal(state(end), CLOSE, "state of one that was reset")
+        try:
+            end.recv(10)
+            check(False, "one that was reset can be read from")
+        except ConnectionResetError:
+            pass
+    for end in ends[2::4]:
+        end.sendall(b"one")
+        equal(end.recv(10), b"two", "what the peer says")
+
+
+@case
+def many_ended_peer():
+    ends = [call() for _ in range(200)]
+    for end in ends[1::2]:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        end.close()
+    for end in ends[::4]:
+        end.shutdown(socket.SHUT_WR)
+    yield
+    for end in ends[2::4]:
+        equal(end.recv(10), b"one", "what the program says")
+        end.sendall(b"two")
+
+
+@case
 def late_client():
     """A client asks for a connection while the program is away. It listens at any address."""
     sock = socket.socket()

@@ -70,6 +70,8 @@ pub(super) struct Place {
     path: PathBuf,
     dir: File,
     waiting: Mutex<Vec<(ImageName, Vec<u8>)>>,
+    /// New files that have no name yet.
+    spare: Mutex<Vec<File>>,
 }
 
 /// So many bytes wait at most.
@@ -77,7 +79,7 @@ const WAITING_MAX: usize = 256 << 20;
 
 impl Place {
     fn new(path: PathBuf, dir: File) -> Arc<Self> {
-        Arc::new(Self { path, dir, waiting: Mutex::default() })
+        Arc::new(Self { path, dir, waiting: Mutex::default(), spare: Mutex::default() })
     }
 
     fn waiting(&self) -> MutexGuard<'_, Vec<(ImageName, Vec<u8>)>> {
@@ -108,7 +110,25 @@ impl Place {
     pub(super) fn make(&self, name: ImageName) -> Result<File, ImageError> {
         let name = name.to_string();
         tracing::debug!("image {name}");
-        fresh(&self.dir, &self.path, &name)
+        let spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        // A name that is taken is not for a spare file to take away.
+        match spare.filter(|file| self.link(file, &name).is_ok()) {
+            Some(file) => Ok(file),
+            None => fresh(&self.dir, &self.path, &name),
+        }
+    }
+
+    /// A new and empty file without a name; `None` where the file system has no such files.
+    fn nameless(&self) -> Option<File> {
+        let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
+        openat(&self.dir, ".", flags, Mode::S_IRUSR | Mode::S_IWUSR).map(File::from).ok()
+    }
+
+    /// Gives a file that has none a name.
+    fn link(&self, file: &File, name: &str) -> nix::Result<()> {
+        // AT_EMPTY_PATH would need CAP_DAC_READ_SEARCH.
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        linkat(AT_FDCWD, path.as_str(), &self.dir, name, AtFlags::AT_SYMLINK_FOLLOW)
     }
 
     pub(super) fn path_of(&self, name: ImageName) -> PathBuf {
@@ -176,8 +196,14 @@ impl ImageDir {
     /// A new and empty file that [`ImageDir::adopt`] gives a name; `None` where the file system has no such files.
     /// Nothing of an earlier dump is touched.
     pub fn nameless(&self) -> Option<File> {
-        let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
-        openat(&self.place.dir, ".", flags, Mode::S_IRUSR | Mode::S_IWUSR).map(File::from).ok()
+        self.place.nameless()
+    }
+
+    /// Makes about so many files without names now, which get them as files are needed: to make one takes ten times as long
+    /// as to name it, and to fill a small one. Nothing of an earlier dump is touched. Those that are not needed go away.
+    pub fn prepare(&self, files: usize) {
+        let made = (0..files).map_while(|_| self.place.nameless()).collect();
+        *self.place.spare.lock().unwrap_or_else(PoisonError::into_inner) = made;
     }
 
     /// Gives a file of [`ImageDir::nameless`] a name. What had it before is unlinked.
@@ -185,13 +211,10 @@ impl ImageDir {
         self.clear()?;
         let name = name.into().to_string();
         tracing::debug!("image {name}");
-        // AT_EMPTY_PATH would need CAP_DAC_READ_SEARCH.
-        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let link = || linkat(AT_FDCWD, path.as_str(), &self.place.dir, &*name, AtFlags::AT_SYMLINK_FOLLOW);
-        match link() {
+        match self.place.link(&file, &name) {
             Err(Errno::EEXIST) => {
                 self.remove(&name)?;
-                link()
+                self.place.link(&file, &name)
             }
             other => other,
         }

@@ -17,6 +17,7 @@ pub mod interfaces;
 pub mod ipc;
 pub mod kept;
 pub mod known;
+pub mod limits;
 pub mod map;
 pub mod mem;
 pub mod nftables;

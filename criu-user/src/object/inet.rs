@@ -303,7 +303,7 @@ impl Opener for Make {
     }
 
     fn apart(&self) -> Option<&dyn Apart> {
-        self.revival.is_some().then_some(self)
+        self.revival.as_ref().is_some_and(|revival| revival.is_apart()).then_some(self)
     }
 
     fn open(&self, _: &Opened) -> Result<OwnedFd, Failure> {

@@ -83,6 +83,11 @@ impl Ahead {
         self.are_likely
     }
 
+    /// How many connections were asked.
+    pub fn connections(&self) -> usize {
+        self.known.len()
+    }
+
     /// What a socket tells that stands still.
     pub fn facts(&self, seen: &Seen) -> Result<Facts, ObjectError> {
         let inode = seen.stat.st_ino;

@@ -171,12 +171,13 @@ pub(super) const AT_ONCE: usize = 256;
 /// Descriptors that a table has room for as it is made (NR_OPEN_DEFAULT of include/linux/fdtable.h).
 const FEW: usize = 64;
 
-/// Makes room for the descriptors that we hold in the dump of these processes: for a connection, until it is over.
-pub fn make_room(tree: &[Pid]) {
+/// Makes room for the descriptors that we hold in the dump of these processes: for a connection, until it is over, and one
+/// for its image. And for so many other files.
+pub fn make_room(tree: &[Pid], files: usize) {
     let all: usize = tree.iter().map(|&pid| proc::count_descriptors(pid)).sum();
     // A tree with few needs no more than there is.
-    if all > FEW {
-        kernel::fd::make_room(i32::try_from(all + 2 * AT_ONCE).unwrap_or(i32::MAX));
+    if all + files > FEW {
+        kernel::fd::make_room(i32::try_from(2 * all + files + 2 * AT_ONCE).unwrap_or(i32::MAX));
     }
 }
 

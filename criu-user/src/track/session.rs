@@ -36,6 +36,7 @@ use super::wire::{self, Answer, Ask, Begun, Confirmed, Empty, Reply, Request, Tr
 use super::witness::{News, Witness};
 use crate::freeze;
 use crate::kernel::kept;
+use crate::kernel::limits::ManyFiles;
 use crate::kernel::pagemap::{self, Marks};
 use crate::kernel::pidfd::PidFd;
 use crate::kernel::survey::PAGE;
@@ -100,6 +101,7 @@ pub struct Session {
     root: AsyncFd<OwnedFd>,
     options: SessionOptions,
     exporter: Exporter,
+    _files: ManyFiles,
 }
 
 #[derive(Debug)]
@@ -144,6 +146,7 @@ impl Drop for SocketFile {
 impl Session {
     /// Begins: from here on, commands find it. Needs a tokio runtime.
     pub fn begin(options: SessionOptions) -> Result<Self, TrackError> {
+        let files = ManyFiles::allow();
         let tree = Tree::new(options.root, options.method.marks()?)?;
         let pidfd = PidFd::open(options.root)?;
         let (listener, socket) = listen(options.root)?;
@@ -176,7 +179,7 @@ impl Session {
             early: Cell::default(),
             early_took: Cell::default(),
         };
-        let mut session = Self { listener, socket, shared: Rc::new(shared), root, options, exporter };
+        let mut session = Self { listener, socket, shared: Rc::new(shared), root, options, exporter, _files: files };
         // The first look brings the userfaultfds in: what cannot be tracked is known before anybody relies on it.
         session.shared.report(Belief::Seen);
         session.exporter.write(&session.shared.measures.borrow(), &session.shared.reports.borrow())?;

@@ -61,6 +61,12 @@ impl Revival {
         }))
     }
 
+    /// Whether it can be made at the same time as others. For a moment, all that are closed have the same peer, and those of
+    /// one port the same name.
+    pub fn is_apart(&self) -> bool {
+        self.state != State::Close
+    }
+
     /// For a reader.
     pub fn describe(&self) -> String {
         format!("the TCP connection {} ({:?})", self.ends, self.state)
