@@ -26,6 +26,21 @@ impl Connection {
         Self { local, remote: [0; 16], local_port, remote_port: [0; 2] }
     }
 
+    /// Nobody's. Where it is taken out, everything passes.
+    pub const CLOSED: Self = Self::nobody(0);
+
+    /// Nobody's. What is held of any connection counts for this as well.
+    pub const ANY: Self = Self::nobody(1);
+
+    const fn nobody(number: u8) -> Self {
+        Self { local: [0; 16], remote: [0xff; 16], local_port: [0; 2], remote_port: [0, number] }
+    }
+
+    /// Whether it stands for something else than packets of somebody's.
+    pub fn is_nobody(&self) -> bool {
+        *self == Self::CLOSED || *self == Self::ANY
+    }
+
     /// The connection as the other end sees it.
     #[inline(always)]
     pub const fn swapped(&self) -> Self {

@@ -60,24 +60,35 @@ fn swallow() -> i32 {
 /// Looks a packet up both ways, and counts it.
 #[inline(always)]
 fn is_held(Packet { ends: packet, asks }: Packet) -> bool {
-    if let Some(held) = LOCKED.get_ptr_mut(packet) {
-        // SAFETY: a pointer into the map, which the verifier has seen checked. Two processors may count at once, and one
-        // be lost: these are for a reader.
-        unsafe { (*held).to_peer += 1 };
-        return true;
-    }
-    if let Some(held) = LOCKED.get_ptr_mut(packet.swapped()) {
-        // SAFETY: as above.
-        unsafe { (*held).from_peer += 1 };
-        return true;
-    }
-    if !asks {
+    let (held, is_from_peer) = if let Some(held) = LOCKED.get_ptr_mut(packet) {
+        (held, false)
+    } else if let Some(held) = LOCKED.get_ptr_mut(packet.swapped()) {
+        (held, true)
+    } else if asks && let Some(held) = LOCKED.get_ptr_mut(Connection::asking(packet.remote, packet.remote_port)) {
+        (held, true)
+    } else {
+        return false;
+    };
+    if LOCKED.get_ptr(Connection::CLOSED).is_none() {
         return false;
     }
-    let Some(held) = LOCKED.get_ptr_mut(Connection::asking(packet.remote, packet.remote_port)) else { return false };
-    // SAFETY: as above.
-    unsafe { (*held).from_peer += 1 };
+    count(held, is_from_peer);
+    if let Some(any) = LOCKED.get_ptr_mut(Connection::ANY) {
+        count(any, is_from_peer);
+    }
     true
+}
+
+#[inline(always)]
+fn count(held: *mut Held, is_from_peer: bool) {
+    // SAFETY: a pointer into the map, which the verifier has seen checked. Two processors may count at once, and one be
+    // lost: whoever counts leaves more than zero, and how much more is for a reader.
+    unsafe {
+        match is_from_peer {
+            true => (*held).from_peer += 1,
+            false => (*held).to_peer += 1,
+        }
+    }
 }
 
 #[cfg(target_arch = "bpf")]

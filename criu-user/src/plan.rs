@@ -497,8 +497,8 @@ pub struct Connections {
     pub gate: Option<String>,
     /// Their sockets: kept open to the end.
     pub files: Vec<FileRef>,
-    /// What is done when every task is ready, and packets are still held.
-    pub release: Vec<Box<dyn Deed>>,
+    /// What is done when every task is ready, and packets are still held; by several threads at once.
+    pub release: Vec<Box<dyn Deed + Sync>>,
     /// What is done as soon as they pass again.
     pub resume: Vec<Resumption>,
 }

@@ -5,6 +5,7 @@
 #include "e2e.h"
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <pthread.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 
@@ -80,7 +81,7 @@ static void many(void)
 	say_ready();
 	log_gap(watch_clock());
 	say_ready();
-	watch_clock();
+	log_gap(watch_clock());
 	for (long i = 0; i < count; i++)
 		CHECK(write(ends[i], "one", 3) == 3, "write: %m");
 	for (long i = 0; i < count; i++)
@@ -132,6 +133,62 @@ static void echo_peer(void)
 	log_gap(gap);
 }
 
-static const struct test_case cases[] = { CASE(many), CASE(many_peer), CASE(echo), CASE(echo_peer) };
+/* One connection by the calls that nobody can do without who restores it. In repair mode no packet is sent for it. */
+static int calls_of(in_port_t own, long number)
+{
+	struct sockaddr_in local = address(ntohs(own)), peer = address(1024 + number % 60000);
+	struct tcp_repair_opt options[] = { { TCPOPT_MAXSEG, 65495 }, { TCPOPT_WINDOW, 10 << 16 | 10 }, { TCPOPT_SACK_PERMITTED, 0 }, { TCPOPT_TIMESTAMP, 0 } };
+	struct tcp_repair_window window = { 0 };
+	socklen_t len = sizeof window;
+	int sock = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), one = 1;
+	CHECK(sock >= 0 && !setsockopt(sock, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one), "socket: %m");
+#define SET(name, value) do { int number = value; CHECK(!setsockopt(sock, IPPROTO_TCP, name, &number, sizeof number), #name ": %m"); } while (0)
+	SET(TCP_REPAIR, 1);
+	CHECK(!bind(sock, (void *)&local, sizeof local), "bind: %m");
+	SET(TCP_REPAIR_QUEUE, TCP_RECV_QUEUE);
+	SET(TCP_QUEUE_SEQ, 1000);
+	SET(TCP_REPAIR_QUEUE, TCP_SEND_QUEUE);
+	SET(TCP_QUEUE_SEQ, 2000);
+	SET(TCP_MAXSEG, 32767);
+	CHECK(!connect(sock, (void *)&peer, sizeof peer), "connect: %m");
+	SET(TCP_MAXSEG, 0);
+	CHECK(!setsockopt(sock, IPPROTO_TCP, TCP_REPAIR_OPTIONS, options, sizeof options), "TCP_REPAIR_OPTIONS: %m");
+	SET(TCP_TIMESTAMP, 1 << 20);
+	CHECK(!getsockopt(sock, IPPROTO_TCP, TCP_REPAIR_WINDOW, &window, &len), "TCP_REPAIR_WINDOW: %m");
+	CHECK(!setsockopt(sock, IPPROTO_TCP, TCP_REPAIR_WINDOW, &window, len), "TCP_REPAIR_WINDOW: %m");
+	return sock;
+}
+
+static struct { in_port_t own; long count; } wanted;
+
+static void *half_of_them(void *first)
+{
+	for (long i = (long)first; i < wanted.count; i += 2)
+		ends[i] = calls_of(wanted.own, i);
+	return NULL;
+}
+
+/* How long those calls take from two threads, for so many connections: what no restore can be faster than. */
+static void calls(void)
+{
+	struct sockaddr_in own = address(0);
+	socklen_t len = sizeof own;
+	pthread_t other;
+	int any, one = 1;
+	make_room();
+	any = socket(AF_INET, SOCK_STREAM, 0);
+	CHECK(!setsockopt(any, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one) && !bind(any, (void *)&own, sizeof own), "bind: %m");
+	CHECK(!getsockname(any, (void *)&own, &len), "getsockname: %m");
+	wanted.own = own.sin_port, wanted.count = number("E2E_CONNECTIONS");
+	/* The table of descriptors has its size before there are threads. */
+	dup2(any, wanted.count + 64);
+	long begin = time_of_day();
+	CHECK(!pthread_create(&other, NULL, half_of_them, (void *)1), "pthread_create");
+	half_of_them(NULL);
+	pthread_join(other, NULL);
+	log_gap(time_of_day() - begin);
+}
+
+static const struct test_case cases[] = { CASE(many), CASE(many_peer), CASE(echo), CASE(echo_peer), CASE(calls) };
 
 RUN_CASES(cases)

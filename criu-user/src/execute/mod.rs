@@ -15,7 +15,6 @@ mod open;
 
 use std::time::{Duration, Instant};
 
-use criu_common::gate::Held;
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, sigprocmask};
 use nix::unistd::Pid;
@@ -35,6 +34,7 @@ use crate::kernel::proc;
 use crate::kernel::ptrace::{self, Stop};
 use crate::object::{ObjectError, clocks};
 use crate::observer::{Moment, Observer, tell};
+use crate::parallel;
 use crate::plan::{Call, Deed, KernelArea, Opened, Plan, Role, Stage, TaskRef};
 use crate::restore::RestoreOptions;
 
@@ -211,7 +211,7 @@ impl Run<'_> {
             }
         }
         self.watchman = self.watchman()?;
-        self.plan.connections.release.iter().try_for_each(|release| self.deed(release.as_ref()))?;
+        self.release()?;
         info!(tasks = born.len(), "all tasks are complete");
         tell(self.observer, Moment::PostRestore, Some(root))?;
         // Whoever waits for the end of a pipe must not find us at the other one.
@@ -247,13 +247,19 @@ impl Run<'_> {
     }
 
     fn deed(&self, deed: &dyn Deed) -> Result<(), ExecuteError> {
-        debug!("{}", deed.describe());
-        deed.run(&self.opened).map_err(|source| ExecuteError::Deed { what: deed.describe(), source })
+        perform(deed, &self.opened)
+    }
+
+    /// What is done with connections while packets are still held, each apart from the others.
+    fn release(&self) -> Result<(), ExecuteError> {
+        let opened = &self.opened;
+        let release = |some: &[Box<dyn Deed + Sync>]| some.iter().try_for_each(|deed| perform(deed.as_ref(), opened));
+        parallel::share(&self.plan.connections.release, release).into_iter().collect()
     }
 
     /// Lets packets of connections pass. Nothing can be taken back any more: what fails is told.
     fn connect(&mut self) {
-        // How many packets of each were held, as far as that is known since before the dump's first look at them.
+        // Of which packets were held, as far as that is known since before the dump's first look at them.
         let held = match self.gate.as_ref().map(Gate::unlock) {
             Some(Ok(held)) => held,
             Some(Err(err)) => {
@@ -262,7 +268,7 @@ impl Run<'_> {
             }
             None => None,
         };
-        let was_held = |of| held.as_ref().is_none_or(|held| held.get(of).is_none_or(|held| *held != Held::default()));
+        let was_held = |of| held.as_ref().is_none_or(|held| held.contains(of));
         for resumption in self.plan.connections.resume.iter().filter(|r| !r.quiet || was_held(&r.of)) {
             if let Err(err) = resumption.deed.run(&self.opened) {
                 warn!(%err, "{} did not work", resumption.deed.describe());
@@ -369,6 +375,11 @@ impl Run<'_> {
         }
         ptrace::reap(root);
     }
+}
+
+fn perform(deed: &dyn Deed, opened: &Opened) -> Result<(), ExecuteError> {
+    debug!("{}", deed.describe());
+    deed.run(opened).map_err(|source| ExecuteError::Deed { what: deed.describe(), source })
 }
 
 /// Waits until a thread stands at an interrupt that it was asked for.

@@ -13,6 +13,7 @@ use std::{
         unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -70,6 +71,8 @@ pub(super) struct Place {
     path: PathBuf,
     dir: File,
     waiting: Mutex<Vec<(ImageName, Vec<u8>)>>,
+    /// Whether any do: threads that read thousands of files need not take turns to find that none does.
+    do_wait: AtomicBool,
     /// New files that have no name yet.
     spare: Mutex<Vec<File>>,
 }
@@ -79,7 +82,7 @@ const WAITING_MAX: usize = 256 << 20;
 
 impl Place {
     fn new(path: PathBuf, dir: File) -> Arc<Self> {
-        Arc::new(Self { path, dir, waiting: Mutex::default(), spare: Mutex::default() })
+        Arc::new(Self { path, dir, waiting: Mutex::default(), do_wait: AtomicBool::default(), spare: Mutex::default() })
     }
 
     fn waiting(&self) -> MutexGuard<'_, Vec<(ImageName, Vec<u8>)>> {
@@ -90,6 +93,7 @@ impl Place {
     pub(super) fn take(&self, name: ImageName, content: Vec<u8>) -> Result<(), ImageError> {
         let mut waiting = self.waiting();
         waiting.push((name, content));
+        self.do_wait.store(true, Ordering::Release);
         if waiting.iter().map(|(_, content)| content.len()).sum::<usize>() <= WAITING_MAX {
             return Ok(());
         }
@@ -99,6 +103,10 @@ impl Place {
 
     /// Makes all files that wait.
     fn make_waiting(&self) -> Result<(), ImageError> {
+        if !self.do_wait.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.do_wait.store(false, Ordering::Release);
         let waiting = std::mem::take(&mut *self.waiting());
         waiting.into_iter().try_for_each(|(name, content)| {
             let failed = |source| ImageError::File { file: self.path_of(name), offset: 0, call: "write", source };

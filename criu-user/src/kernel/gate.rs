@@ -1,7 +1,7 @@
 //! What holds the packets of connections: an eBPF program at every interface, or rules of the packet filter. Both live
 //! alike: with the engine, until they get a name under which they stay.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::time::Duration;
 
 use criu_common::gate::{Connection, Held};
@@ -103,9 +103,9 @@ impl Gate {
         }
     }
 
-    /// Lets everything pass, at once. Of a gate that a dump has left, it may tell how many packets were held since then;
-    /// the packet filter does not count to the very end.
-    pub fn unlock(&self) -> GateResult<Option<HashMap<Connection, Held>>> {
+    /// Lets everything pass, at once. Of a gate that a dump has left, it may tell of which connections packets were held
+    /// since then; the packet filter does not count to the very end.
+    pub fn unlock(&self) -> GateResult<Option<HashSet<Connection>>> {
         match self {
             Self::Ebpf(gate) => Ok(gate.unlock()?),
             Self::Nftables(gate) => Ok(gate.remove().map(|()| None)?),

@@ -4,6 +4,9 @@
 //! CRIU by netfilter rules (`--network-lock nftables`). The same server with no connection tells what of the times is due
 //! to these. A further program gives back what its client sends; the client says how long it waited while the program was
 //! dumped and restored. The rest is as for the other rows, see the module above.
+//!
+//! Below all that no restore can be, whoever makes it: a program makes as many sockets as there are connections, by the
+//! calls that each of them needs, and nothing else. With our restore that has no connection it is the last row.
 
 use std::{fs, time::Duration};
 
@@ -20,7 +23,7 @@ struct Plan {
 }
 
 /// What one engine needed in one round.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 struct Times {
     /// For how long the server stood still in a dump that left it running.
     frozen: Duration,
@@ -30,6 +33,10 @@ struct Times {
     pause: Duration,
     /// The restore of the same server without any connection.
     bare: Duration,
+    /// For how long the server stood still from the beginning of the dump that ends it to the end of its restore.
+    away: Duration,
+    /// The calls alone that as many connections need.
+    calls: Duration,
 }
 
 /// One of the times.
@@ -51,8 +58,9 @@ pub fn run(args: &[String]) -> Result<()> {
     let [ours, theirs] = &times;
     println!("| {} connections | {} | {} | ratio |", plan.connections, contenders[0].name, contenders[1].name);
     println!("| --- | ---: | ---: | ---: |");
-    let rows: [(&str, Value); 6] = [
+    let rows: [(&str, Value); 7] = [
         ("frozen", |t| t.frozen),
+        ("moved: standing still", |t| t.away),
         ("dump", |t| t.dump),
         ("restore", |t| t.restore),
         ("restore without connections", |t| t.bare),
@@ -63,6 +71,10 @@ pub fn run(args: &[String]) -> Result<()> {
         let (ours, theirs) = (median(ours, value), median(theirs, value));
         println!("| {title} | {ours:.1?} | {theirs:.1?} | {:.2} |", ours.as_secs_f64() / theirs.as_secs_f64());
     }
+    let least = median(ours, |t| t.bare + t.calls);
+    let theirs = median(theirs, |t| t.restore);
+    let ratio = least.as_secs_f64() / theirs.as_secs_f64();
+    println!("| nothing but the calls, and that | {least:.1?} | {theirs:.1?} | {ratio:.2} |");
     Ok(())
 }
 
@@ -82,9 +94,16 @@ fn parse(args: &[String]) -> Result<Plan> {
 
 /// One round.
 fn measure(contender: &Contender, words: &[&str], connections: &str) -> Result<Times> {
-    let (frozen, dump, restore) = server(contender, words, connections)?;
-    let (_, _, bare) = server(contender, words, "0")?;
-    Ok(Times { frozen, dump, restore, pause: pause(contender, words)?, bare })
+    let times = server(contender, words, connections)?;
+    let bare = server(contender, words, "0")?.restore;
+    Ok(Times { pause: pause(contender, words)?, bare, calls: calls(connections)?, ..times })
+}
+
+/// What the kernel needs for as many sockets.
+fn calls(connections: &str) -> Result<Duration> {
+    let program = workload("calls", connections).start();
+    program.wait_for_word("ok");
+    gap(&program)
 }
 
 fn workload(case: &str, connections: &str) -> Workload {
@@ -97,7 +116,7 @@ fn peer_of(program: &Program, workload: Workload) -> Result<Program> {
 }
 
 /// A dump that leaves the server running, then one that ends it, then a restore.
-fn server(contender: &Contender, words: &[&str], connections: &str) -> Result<(Duration, Duration, Duration)> {
+fn server(contender: &Contender, words: &[&str], connections: &str) -> Result<Times> {
     let mut program = workload("many", connections).start();
     let mut peer = peer_of(&program, workload("many_peer", connections))?;
     program.next();
@@ -113,7 +132,7 @@ fn server(contender: &Contender, words: &[&str], connections: &str) -> Result<(D
     program.go();
     peer.finish();
     program.wait_for_word("ok");
-    Ok((frozen, dump, restore))
+    Ok(Times { frozen, dump, restore, away: gap(&program)?, ..Times::default() })
 }
 
 /// A dump and a restore, one right after the other, as the program's client sees them.

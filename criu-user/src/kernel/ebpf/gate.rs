@@ -3,18 +3,18 @@
 //! A gate lives as long as somebody holds it: the engine, or names in a bpf file system once a dump is complete. Until
 //! then it opens with the engine's death.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use criu_common::gate::{Connection, Held, bytes, from_bytes};
+use criu_common::gate::{Connection, Held, MOST, bytes, from_bytes};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
-use super::bpf::Purpose;
+use super::bpf::{BpfResult, Purpose};
 use super::latch::Latch;
 use super::links;
 use super::object::{Loaded, compiled};
@@ -34,6 +34,9 @@ const MAP: &str = "locked";
 const KEY: usize = size_of::<Connection>();
 const VALUE: usize = size_of::<Held>();
 
+/// Room that every gate has. To read what one holds takes a millisecond where it has room for [`MOST`].
+const LEAST: u32 = 1 << 10;
+
 /// A gate that we hold.
 #[derive(Debug)]
 pub struct Gate {
@@ -47,6 +50,8 @@ pub struct Gate {
     pinned: Option<PathBuf>,
     /// The program and what tells of interfaces that appear, where we have made the gate.
     keeper: Option<(OwnedFd, Watch)>,
+    /// How many connections it can hold, where we have made it.
+    room: u32,
 }
 
 fn failed(on: impl Into<String>) -> impl FnOnce((&'static str, std::io::Error)) -> EbpfError {
@@ -65,25 +70,29 @@ fn pinning(path: &Path, call: &'static str) -> impl FnOnce(std::io::Error) -> Eb
 
 impl Gate {
     /// Puts a gate at both sides of every interface of this network namespace that is up. Everything passes until something is
-    /// locked.
+    /// locked. There is room for about as many connections as are `expected`, and it becomes more where that is too little.
     ///
     /// It is links to interfaces (Linux 6.6), or else filters of traffic control.
-    pub fn new() -> EbpfResult<Self> {
-        Self::by(|_| Ok(None))
+    pub fn new(expected: usize) -> EbpfResult<Self> {
+        Self::by(expected, |_| Ok(None))
     }
 
     /// The same by filters of traffic control, also where the kernel has links to interfaces.
-    pub fn by_filters() -> EbpfResult<Self> {
-        Self::by(|program| Latch::new(program.as_fd()).map(Some))
+    pub fn by_filters(expected: usize) -> EbpfResult<Self> {
+        Self::by(expected, |program| Latch::new(program.as_fd()).map(Some))
     }
 
-    fn by(latch: impl FnOnce(&OwnedFd) -> EbpfResult<Option<Latch>>) -> EbpfResult<Self> {
-        let mut object = Loaded::new("gate", OBJECT.ok_or(EbpfError::NotBuilt)?, HashMap::new())?;
+    fn by(expected: usize, latch: impl FnOnce(&OwnedFd) -> EbpfResult<Option<Latch>>) -> EbpfResult<Self> {
+        let room = u32::try_from(expected * 2).unwrap_or(MOST).next_power_of_two().clamp(LEAST, MOST);
+        let object = OBJECT.ok_or(EbpfError::NotBuilt)?;
+        let mut object = Loaded::with_sizes("gate", object, HashMap::new(), &[("LOCKED", room)])?;
         let program = object.load("gate", Purpose::Classifier)?;
         let watch = Watch::new().map_err(listing)?;
         let map = object.take_map("LOCKED")?;
         let latch = latch(&program)?;
-        let mut gate = Self { map, links: Vec::new(), latch, pinned: None, keeper: Some((program, watch)) };
+        let nobody = [Connection::CLOSED, Connection::ANY].each_ref().map(bytes);
+        maps::insert_zeros::<KEY, VALUE>(map.as_fd(), &nobody).map_err(failed("the gate"))?;
+        let mut gate = Self { map, links: Vec::new(), latch, pinned: None, keeper: Some((program, watch)), room };
         gate.cover_all()?;
         Ok(gate)
     }
@@ -155,10 +164,29 @@ impl Gate {
     }
 
     /// Locks connections: from now on nobody hears of the other.
-    pub fn lock(&self, connections: &[Connection]) -> EbpfResult<()> {
+    pub fn lock(&mut self, connections: &[Connection]) -> EbpfResult<()> {
+        match self.enter(connections) {
+            Err((_, err)) if err.raw_os_error() == Some(libc::E2BIG) && self.keeper.is_some() && self.room < MOST => {
+                self.grow(connections)
+            }
+            outcome => outcome.map_err(failed(format!("{} connections of the gate", connections.len()))),
+        }
+    }
+
+    fn enter(&self, connections: &[Connection]) -> BpfResult<()> {
         let keys: Vec<[u8; KEY]> = connections.iter().map(bytes).collect();
         maps::insert_zeros::<KEY, VALUE>(self.map.as_fd(), &keys)
-            .map_err(failed(format!("{} connections of the gate", keys.len())))
+    }
+
+    /// Another gate takes the place of this one, with room for all there can be; it is closed before this one goes.
+    fn grow(&mut self, connections: &[Connection]) -> EbpfResult<()> {
+        let all = MOST as usize;
+        let larger = if self.latch.is_some() { Self::by_filters(all)? } else { Self::new(all)? };
+        let held: Vec<Connection> = self.connections()?.into_iter().map(|(connection, _)| connection).collect();
+        let entered = larger.enter(&held).and_then(|()| larger.enter(connections));
+        entered.map_err(failed(format!("{} connections of the gate", held.len() + connections.len())))?;
+        *self = larger;
+        Ok(())
     }
 
     /// Makes sure that there is a place for names, before anything depends on it.
@@ -203,7 +231,7 @@ impl Gate {
         match links::pinned(&map) {
             Ok(map) => {
                 let latch = Latch::find(&dir);
-                Ok(Some(Self { map, links: Vec::new(), latch, pinned: Some(dir), keeper: None }))
+                Ok(Some(Self { map, links: Vec::new(), latch, pinned: Some(dir), keeper: None, room: 0 }))
             }
             Err((_, err)) if err.kind() == ErrorKind::NotFound => Ok(None),
             Err(err) => Err(failed(map.display().to_string())(err)),
@@ -218,15 +246,31 @@ impl Gate {
     /// The connections that it holds, and how much of them it has dropped.
     pub fn connections(&self) -> EbpfResult<Vec<(Connection, Held)>> {
         let all = maps::entries::<KEY, VALUE>(self.map.as_fd()).map_err(failed("the connections of the gate"))?;
-        Ok(all.iter().map(|(key, value)| (from_bytes(key), held(value))).collect())
+        let mut all: Vec<_> = all.iter().map(|(key, value)| (from_bytes(key), held(value))).collect();
+        if !all.iter().any(|(connection, _)| *connection == Connection::CLOSED) {
+            return Ok(Vec::new());
+        }
+        all.retain(|(connection, _)| !connection.is_nobody());
+        Ok(all)
     }
 
-    /// Lets everything pass, at once. Of a gate that a dump has left, it tells how many packets were held since then; of
-    /// others nobody knows what came before.
-    pub fn unlock(&self) -> EbpfResult<Option<HashMap<Connection, Held>>> {
-        let taken = maps::take_all::<KEY, VALUE>(self.map.as_fd()).map_err(failed("the connections of the gate"))?;
-        let held = || taken.iter().map(|(key, value)| (from_bytes(key), held(value))).collect();
-        Ok(self.pinned.is_some().then(held))
+    /// Lets everything pass, at once. Of a gate that a dump has left, it tells of which connections packets were held since
+    /// then; of others nobody knows what came before.
+    ///
+    /// What it held stays in its map until it is taken away: of a thousand connections that would take a millisecond.
+    pub fn unlock(&self) -> EbpfResult<Option<HashSet<Connection>>> {
+        let on = || failed("the connections of the gate");
+        maps::delete(self.map.as_fd(), &bytes(&Connection::CLOSED)).map_err(on())?;
+        if self.pinned.is_none() {
+            return Ok(None);
+        }
+        let any = maps::lookup::<KEY, VALUE>(self.map.as_fd(), &bytes(&Connection::ANY)).map_err(on())?;
+        if any.is_some_and(|any| held(&any) == Held::default()) {
+            return Ok(Some(HashSet::new()));
+        }
+        let all = maps::entries::<KEY, VALUE>(self.map.as_fd()).map_err(on())?;
+        let was_held = all.iter().filter(|(_, value)| held(value) != Held::default());
+        Ok(Some(was_held.map(|(key, _)| from_bytes(key)).collect()))
     }
 
     /// Takes it away from the interfaces, for good. The kernel needs some ten milliseconds for each: who is in a hurry

@@ -17,7 +17,6 @@ const MAP_UPDATE_ELEM: (c_int, &str) = (2, "BPF_MAP_UPDATE_ELEM");
 const MAP_DELETE_ELEM: (c_int, &str) = (3, "BPF_MAP_DELETE_ELEM");
 const MAP_GET_NEXT_KEY: (c_int, &str) = (4, "BPF_MAP_GET_NEXT_KEY");
 const MAP_LOOKUP_BATCH: (c_int, &str) = (24, "BPF_MAP_LOOKUP_BATCH");
-const MAP_LOOKUP_AND_DELETE_BATCH: (c_int, &str) = (25, "BPF_MAP_LOOKUP_AND_DELETE_BATCH");
 const MAP_UPDATE_BATCH: (c_int, &str) = (26, "BPF_MAP_UPDATE_BATCH");
 
 /// Keys and values.
@@ -133,38 +132,44 @@ pub fn has_program(array: BorrowedFd<'_>) -> BpfResult<bool> {
     }
 }
 
-/// Takes out all that is in a hash map, and gives it back: in few calls where the kernel can (Linux 5.6).
-pub fn take_all<const K: usize, const V: usize>(map: BorrowedFd<'_>) -> BpfResult<Elements<K, V>> {
-    if let Some(taken) = batches(map, MAP_LOOKUP_AND_DELETE_BATCH)? {
-        return Ok(taken);
+/// The value of a key of a hash map, if it is there.
+pub fn lookup<const K: usize, const V: usize>(map: BorrowedFd<'_>, key: &[u8; K]) -> BpfResult<Option<[u8; V]>> {
+    let mut value = [0u8; V];
+    let element = Element {
+        map_fd: map.as_raw_fd() as u32,
+        padding: 0,
+        key: key.as_ptr().addr() as u64,
+        value: value.as_mut_ptr().expose_provenance() as u64,
+        flags: 0,
+    };
+    // SAFETY: key and value live until the call returns and are as long as the map says.
+    match unsafe { call(MAP_LOOKUP_ELEM, &element) } {
+        Ok(_) => Ok(Some(value)),
+        Err((_, err)) if err.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(err) => Err(err),
     }
-    let found = one_by_one(map)?;
-    for (key, _) in &found {
-        let element =
-            Element { map_fd: map.as_raw_fd() as u32, padding: 0, key: key.as_ptr().addr() as u64, value: 0, flags: 0 };
-        // SAFETY: the key lives until the call returns and is as long as the map says.
-        match unsafe { call(MAP_DELETE_ELEM, &element) } {
-            // Taken out by somebody else meanwhile.
-            Err((_, e)) if e.kind() == io::ErrorKind::NotFound => {}
-            other => other.map(drop)?,
-        }
+}
+
+/// Takes a key out of a hash map, if it is there.
+pub fn delete<const K: usize>(map: BorrowedFd<'_>, key: &[u8; K]) -> BpfResult<()> {
+    let (map_fd, key) = (map.as_raw_fd() as u32, key.as_ptr().addr() as u64);
+    // SAFETY: the key lives until the call returns and is as long as the map says.
+    match unsafe { call(MAP_DELETE_ELEM, &Element { map_fd, padding: 0, key, value: 0, flags: 0 }) } {
+        Err((_, err)) if err.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other.map(drop),
     }
-    Ok(found)
 }
 
 /// All that is in a hash map.
 pub fn entries<const K: usize, const V: usize>(map: BorrowedFd<'_>) -> BpfResult<Elements<K, V>> {
-    match batches(map, MAP_LOOKUP_BATCH)? {
+    match batches(map)? {
         Some(found) => Ok(found),
         None => one_by_one(map),
     }
 }
 
 /// What a command on many elements gives, over and over until the map's end; `None` where the kernel has none.
-fn batches<const K: usize, const V: usize>(
-    map: BorrowedFd<'_>,
-    command: (c_int, &'static str),
-) -> BpfResult<Option<Elements<K, V>>> {
+fn batches<const K: usize, const V: usize>(map: BorrowedFd<'_>) -> BpfResult<Option<Elements<K, V>>> {
     /// More than any bucket of a map holds: a batch has whole buckets.
     const MOST: usize = 8192;
     /// Large values are in arrays, which have none.
@@ -185,7 +190,7 @@ fn batches<const K: usize, const V: usize>(
             flags: 0,
         };
         // SAFETY: there is room for as many keys and values as it says, and for the token.
-        let end = match unsafe { call_mut(command, &mut batch) } {
+        let end = match unsafe { call_mut(MAP_LOOKUP_BATCH, &mut batch) } {
             Ok(_) => false,
             Err((_, e)) if e.kind() == io::ErrorKind::NotFound => true,
             Err((_, e)) if first && e.raw_os_error() == Some(libc::EINVAL) => return Ok(None),

@@ -30,7 +30,7 @@ use crate::kernel::gate::Gate;
 use crate::kernel::sched::be_urgent;
 use crate::kernel::survey_cache::Caching;
 use crate::kernel::tcp::{Info, Repair, set_repair};
-use crate::kernel::{SysResult, apart, inet_diag};
+use crate::kernel::{SysResult, apart, inet_diag, proc};
 use crate::object::ObjectError;
 use crate::object::file::{Capture, Seen};
 use crate::parallel;
@@ -96,7 +96,9 @@ impl Hold {
             return Err(LockError::NoLock);
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
-        let gate = lock.gate()?;
+        // All of them may be connections, and their number may grow as long as the tree runs.
+        let descriptors: usize = proc::tree(pid).iter().map(|&pid| proc::count_descriptors(pid)).sum();
+        let gate = lock.gate(descriptors * 2)?;
         gate.iter().try_for_each(Gate::check_place)?;
         let lock = match &gate {
             Some(Gate::Ebpf(_)) => NetworkLock::Ebpf,

@@ -52,14 +52,15 @@ impl NetworkLock {
         self as u32
     }
 
-    /// A gate, where this lock has one, through which everything passes as yet.
-    pub fn gate(self) -> Result<Option<Gate>, LockError> {
+    /// A gate, where this lock has one, through which everything passes as yet. `expected`: about how many connections it
+    /// will hold.
+    pub fn gate(self, expected: usize) -> Result<Option<Gate>, LockError> {
         match self {
-            Self::Ebpf => Ok(Some(Gate::Ebpf(ebpf::Gate::new().map_err(GateError::from)?))),
-            Self::Clsact => Ok(Some(Gate::Ebpf(ebpf::Gate::by_filters().map_err(GateError::from)?))),
+            Self::Ebpf => Ok(Some(Gate::Ebpf(ebpf::Gate::new(expected).map_err(GateError::from)?))),
+            Self::Clsact => Ok(Some(Gate::Ebpf(ebpf::Gate::by_filters(expected).map_err(GateError::from)?))),
             Self::Nftables => Ok(Some(Gate::Nftables(nftables::Gate::new().map_err(GateError::from)?))),
             Self::Skip => Ok(None),
-            Self::Auto => match (ebpf::Gate::new(), nftables::Gate::new) {
+            Self::Auto => match (ebpf::Gate::new(expected), nftables::Gate::new) {
                 (Ok(gate), _) => Ok(Some(Gate::Ebpf(gate))),
                 (Err(err), rules) => match rules() {
                     Ok(gate) => {
@@ -101,7 +102,7 @@ impl NetworkLock {
                 Ok(Some(gate))
             }
             None => {
-                let mut gate = self.gate()?;
+                let mut gate = self.gate(connections.locked.len())?;
                 gate.iter_mut().try_for_each(|gate| gate.lock(&connections.locked))?;
                 Ok(gate)
             }
