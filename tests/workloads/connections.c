@@ -179,6 +179,7 @@ static void calls(void)
 	any = socket(AF_INET, SOCK_STREAM, 0);
 	CHECK(!setsockopt(any, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one) && !bind(any, (void *)&own, sizeof own), "bind: %m");
 	CHECK(!getsockname(any, (void *)&own, &len), "getsockname: %m");
+	say_ready();
 	wanted.own = own.sin_port, wanted.count = number("E2E_CONNECTIONS");
 	/* The table of descriptors has its size before there are threads. */
 	dup2(any, wanted.count + 64);
