@@ -82,6 +82,7 @@ fn as_json() {
         "seccomp_filter",
         "kcmp",
         "tcp_repair",
+        "tls",
         "tcp_clients",
         "connections_ahead",
         "raw_sockets",

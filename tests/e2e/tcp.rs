@@ -461,6 +461,7 @@ mod clsact;
 mod killed;
 mod locks;
 mod nftables;
+mod tls;
 
 /// Images are exchanged with CRIU. Its own lock needs netfilter rules that only it takes away again, so neither engine
 /// locks anything, and the peers are silent meanwhile.

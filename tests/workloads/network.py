@@ -1,9 +1,11 @@
 """What workloads with TCP connections have in common; see `tcp.py`."""
 
+import fcntl
 import os
 import socket
 import struct
 import sys
+import termios
 
 from lib import check, path, wait_for
 
@@ -107,6 +109,11 @@ def everything(sock):
         if not data:
             return b"".join(parts)
         parts.append(data)
+
+
+def unread(sock):
+    """How many bytes wait."""
+    return struct.unpack("i", fcntl.ioctl(sock, termios.FIONREAD, b"\0" * 4))[0]
 
 
 def exactly(sock, length):

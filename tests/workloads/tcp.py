@@ -40,6 +40,7 @@ from network import (
     segment,
     serve,
     state,
+    unread,
 )
 
 ROUNDS = int(os.environ.get("E2E_ROUNDS", "1"))
@@ -344,14 +345,6 @@ def stuffed_peer():
     total = struct.unpack("<Q", received[-8:])[0]
     equal(len(received) - 8, total, "bytes from the program")
     same(bytes(received[:-8]), 0, "from the program")
-
-
-def unread(sock):
-    """How many bytes wait."""
-    import fcntl
-    import termios
-
-    return struct.unpack("i", fcntl.ioctl(sock, termios.FIONREAD, b"\0" * 4))[0]
 
 
 @case

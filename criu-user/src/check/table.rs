@@ -117,6 +117,8 @@ probes! {
         "tcp_repair" socket::tcp_repair, "read and rebuild TCP connections", NO_TCP,
             "build with CONFIG_CHECKPOINT_RESTORE; run with cap_net_admin";
         "raw_sockets" socket::raw, "rebuild half-closed TCP connections", NO_TCP, "run with cap_net_raw and cap_net_admin";
+        "tls" socket::tls, "connections that the kernel encrypts", Less("programs without such connections"),
+            "use Linux 6.0 or later with CONFIG_TLS";
         "tcp_clients" ebpf::pending_clients, "clients of TCP servers that nobody has accepted", Less("--skip-in-flight"),
             "use Linux 6.9 or later with CONFIG_SYN_COOKIES; set net.ipv4.tcp_syncookies to 1";
         "connections_ahead" ebpf::connections_ahead, "ask many connections before the freeze",

@@ -67,7 +67,7 @@ pub fn file(dir: &ImageDir, name: ImageName) -> Result<usize, ImageError> {
         K::PipesData | K::FifoData => payload::<PipeDataEntry>(dir, name),
         K::SkQueues | K::UdpQueues => payload::<SkPacketEntry>(dir, name),
         K::TcpClients => payload::<TcpClientEntry>(dir, name),
-        K::TcpStream => payload::<TcpStreamEntry>(dir, name),
+        K::TcpStream | K::TcpTls => payload::<TcpStreamEntry>(dir, name),
         K::TtyInfo => many::<TtyInfoEntry>(dir, name),
         K::TtyData => many::<TtyDataEntry>(dir, name),
         K::IpcVar => one::<IpcVarEntry>(dir, name),

@@ -126,6 +126,7 @@ kinds! {
     UdpQueues        "udp-queues"        No      ".img"    Common  0x5544_5051 Payload "What was in UDP sockets. Ours."
     TcpClients       "tcp-clients"       No      ".img"    Common  0x5443_4c49 Payload "Clients of TCP servers that nobody has accepted. Ours."
     TcpStream        "tcp-stream-"       Hex     ".img"    Common  0x5146_5506 Payload "A TCP connection, by its socket's inode."
+    TcpTls           "tcp-tls-"          Hex     ".img"    Common  0x5454_4c53 Payload "The same of one that the kernel encrypts. Ours: whoever takes it for the other would go on in plain text."
     TtyInfo          "tty-info"          No      ".img"    Common  0x5945_3036 Many    "Terminals."
     TtyData          "tty-data"          No      ".img"    Common  0x5941_3026 Many    "What was typed ahead."
     IpcVar           "ipcns-var-"        Decimal ".img"    Common  0x5311_5007 One     "Limits of an IPC namespace, by its id."

@@ -43,6 +43,7 @@ pub mod surveyor;
 pub mod sys;
 pub mod tcp;
 pub mod threads;
+pub mod tls;
 pub mod traffic;
 pub mod tty;
 pub mod uffd;

@@ -1,9 +1,11 @@
 //! What sockets tell, and what can be set.
 
+use std::os::fd::OwnedFd;
+
 use nix::sched::CloneFlags;
 
 use super::{Answer, apart_in, ensure, network};
-use crate::kernel::{socket, unix_diag};
+use crate::kernel::{SysResult, socket, tls, unix_diag};
 
 const TCP_REPAIR: i32 = 19;
 const TCP_REPAIR_QUEUE: i32 = 20;
@@ -43,19 +45,36 @@ pub fn tcp_repair() -> Answer {
     Ok(String::new())
 }
 
+/// A listening socket and one that is connected to it, over a loopback device that is up.
+fn connected() -> SysResult<(OwnedFd, OwnedFd)> {
+    let server = socket::new(libc::AF_INET, libc::SOCK_STREAM, 0)?;
+    // struct sockaddr_in: family, any port, 127.0.0.1.
+    let mut address = [0u8; 16];
+    address[0] = libc::AF_INET as u8;
+    address[4..8].copy_from_slice(&[127, 0, 0, 1]);
+    socket::bind(&server, &address)?;
+    socket::listen(&server, 1)?;
+    let client = socket::new(libc::AF_INET, libc::SOCK_STREAM, 0)?;
+    socket::connect(&client, &socket::own_name(&server)?)?;
+    Ok((server, client))
+}
+
+/// TLS as the upper layer of a connection, which hides nothing of what it has received (see [`tls::keeps_parts`]).
+pub fn tls() -> Answer {
+    apart_in(CloneFlags::CLONE_NEWNET, || {
+        network::loopback_up()?;
+        let (_server, client) = connected()?;
+        tls::put_above(&client)?;
+        ensure(tls::keeps_parts(), "before Linux 6.0 parts of records are hidden")?;
+        Ok(String::new())
+    })
+}
+
 /// TCP_REPAIR on a connection that one side has closed already.
 pub fn tcp_half_closed() -> Answer {
     apart_in(CloneFlags::CLONE_NEWNET, || {
         network::loopback_up()?;
-        let server = socket::new(libc::AF_INET, libc::SOCK_STREAM, 0)?;
-        // struct sockaddr_in: family, any port, 127.0.0.1.
-        let mut address = [0u8; 16];
-        address[0] = libc::AF_INET as u8;
-        address[4..8].copy_from_slice(&[127, 0, 0, 1]);
-        socket::bind(&server, &address)?;
-        socket::listen(&server, 1)?;
-        let client = socket::new(libc::AF_INET, libc::SOCK_STREAM, 0)?;
-        socket::connect(&client, &socket::own_name(&server)?)?;
+        let (_server, client) = connected()?;
         socket::shutdown(&client, libc::SHUT_WR)?;
         socket::set_number(&client, libc::IPPROTO_TCP, TCP_REPAIR, 1)?;
         Ok(String::new())

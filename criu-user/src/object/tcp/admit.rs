@@ -116,7 +116,7 @@ impl Client {
             .filter(|state| [State::Established, State::CloseWait, State::Close].contains(state))
             .ok_or_else(|| wrong(format!("it waits in TCP state {}", entry.state)))?;
         let numbers = Numbers::of(state, &entry.stream).map_err(|err| wrong(err.to_string()))?;
-        let stream = entry.stream;
+        let stream = entry.stream.clone();
         Ok(Self {
             ends,
             state,

@@ -8,10 +8,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 
-use super::{Ends, Hold, clients, fallback, options};
+use super::hold::Layer;
+use super::{Ends, Hold, clients, fallback, options, tls as layer};
 use crate::image::proto::{InetSkEntry, TcpOptsEntry};
 use crate::kernel::inet_diag::{self, Asker, TcpSocket};
 use crate::kernel::tcp::{self, Info};
+use crate::kernel::tls;
 use crate::kernel::{fd, socket};
 use crate::object::ObjectError;
 use crate::object::file::{Capture, Seen};
@@ -109,7 +111,13 @@ pub fn capture(seen: &Seen, cx: &mut Capture<'_>, entry: &mut InetSkEntry, facts
     } else if !cx.options.tcp_close && is_connection(entry) {
         connection(seen, cx, entry, info, diag)?;
     } else if cx.options.tcp_established && !fallback::is_mptcp(entry) && closed_was_connected(&seen.file, &info)? {
-        cx.shelf.get::<Hold>().add(seen, entry, info);
+        if tls::is_above(&seen.file)? {
+            cx.refuse(seen.refuse(
+                "a TCP socket that was encrypted by the kernel (TLS), and is closed",
+                "close it, or give --tcp-close to have it restored as a closed socket",
+            ));
+        }
+        cx.shelf.get::<Hold>().add(seen, entry, info, Layer::None);
     } else if entry.state == state::CLOSE && entry.src_port != 0 && cx.shelf.get::<Diag>().has_lost_port(entry.ino)? {
         (entry.src_addr, entry.src_port) = (vec![0; entry.src_addr.len()], 0);
     }
@@ -182,7 +190,12 @@ fn connection(
     match refused {
         Some((what, advice)) => cx.refuse(seen.refuse(what, advice)),
         None => {
-            cx.shelf.get::<Hold>().add(seen, entry, info);
+            let layer = match diag {
+                _ if fallback::is_mptcp(entry) => Layer::FallenBack,
+                Some(socket) if socket.has_upper_layer => Layer::Tls,
+                _ => Layer::None,
+            };
+            cx.shelf.get::<Hold>().add(seen, entry, info, layer);
             // One that has fallen back comes back as what it is.
             if fallback::is_mptcp(entry) {
                 entry.proto = libc::IPPROTO_TCP as u32;
@@ -223,7 +236,7 @@ pub fn unsupported(
         return Ok(Some("has its packets signed (TCP-AO), and the kernel keeps the keys to itself"));
     }
     if diag.is_some_and(|socket| socket.has_upper_layer) {
-        return Ok(Some("is encrypted by the kernel (TLS, or another upper layer)"));
+        return Ok(layer::obstacle(file, entry.state)?);
     }
     if fd::poll_now(file, PollFlags::POLLPRI)?.contains(PollFlags::POLLPRI) {
         return Ok(Some("has urgent data that was not read yet"));

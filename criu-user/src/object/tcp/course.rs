@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use super::read::TcpError;
 use super::state::{Numbers, State};
-use crate::image::proto::TcpStreamEntry;
+use crate::image::proto::{TcpStreamEntry, TlsEntry};
 use crate::kernel::tcp::{Negotiated, Queue, Repair, Window, options};
 
 /// What a packet says besides what it acknowledges.
@@ -66,6 +66,8 @@ pub enum Step {
     Fill(Queue, Range<usize>),
     /// The windows.
     Window(Window),
+    /// From here on the kernel encrypts it.
+    Encrypt(TlsEntry),
     /// A FIN of ours that counts as sent.
     FinAsSent,
     /// These of the data are written, as the program would.
@@ -217,6 +219,7 @@ fn connected(state: State, stream: &TcpStreamEntry, numbers: Numbers, trip: Opti
         steps.push(Step::Sample(Packets { numbers, stream }.peer_ack(), echo));
     }
     steps.extend(window);
+    steps.extend(stream.tls.clone().map(Step::Encrypt));
     steps
 }
 

@@ -20,7 +20,7 @@ use tracing::{debug, info};
 use super::clients::Clients;
 use super::lock::LockError;
 use super::read::{TcpError, read_with};
-use super::{Connection, Ends, NetworkLock, State, ends, fallback};
+use super::{Connection, Ends, NetworkLock, State, ends, fallback, tls};
 use crate::dump::DumpOptions;
 use crate::freeze::Frozen;
 use crate::image::proto::{InetSkEntry, InventoryEntry, TcpStreamEntry};
@@ -55,8 +55,18 @@ struct Socket {
     /// Its SO_REUSEADDR.
     reuse: bool,
     info: Info,
-    /// Whether it is one of MPTCP that goes on as plain TCP.
-    fallen_back: bool,
+    layer: Layer,
+}
+
+/// What a connection's socket has above TCP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layer {
+    /// Nothing.
+    None,
+    /// MPTCP, and the connection goes on as plain TCP.
+    FallenBack,
+    /// TLS.
+    Tls,
 }
 
 impl Socket {
@@ -109,21 +119,10 @@ impl Hold {
     }
 
     /// Adds a connection.
-    pub fn add(&mut self, seen: &Seen, entry: &InetSkEntry, info: Info) {
+    pub fn add(&mut self, seen: &Seen, entry: &InetSkEntry, info: Info, layer: Layer) {
         let file = Arc::clone(&seen.file);
         let (pid, ends, reuse) = (seen.pid.as_raw(), Ends::of(entry, 0), entry.opts.reuseaddr());
-        let fallen_back = fallback::is_mptcp(entry);
-        self.sockets.push(Socket {
-            id: seen.id,
-            ino: entry.ino,
-            pid,
-            fd: seen.fd,
-            file,
-            ends,
-            reuse,
-            info,
-            fallen_back,
-        });
+        self.sockets.push(Socket { id: seen.id, ino: entry.ino, pid, fd: seen.fd, file, ends, reuse, info, layer });
     }
 
     /// Makes ready for connections that have nothing in their queues: they will be read together, and without repair mode.
@@ -155,8 +154,12 @@ impl Hold {
         if self.is_idle() && !self.clients.are_likely()? {
             return Ok(());
         }
-        for socket in self.fallen_back() {
+        for socket in self.under(Layer::FallenBack) {
             fallback::drain(&socket.file).map_err(|why| socket.unread(why))?;
+        }
+        if let Some(first) = self.under(Layer::Tls).next() {
+            let encrypted: Vec<_> = self.under(Layer::Tls).map(|socket| socket.file.as_ref()).collect();
+            tls::drain(&encrypted).map_err(|why| first.unread(why))?;
         }
         if let Some(gate) = &mut self.gate {
             gate.refresh().map_err(LockError::from)?;
@@ -186,11 +189,14 @@ impl Hold {
     /// Connections of sockets that are TCP and nothing else, by inode.
     fn read_plain(&self) -> Result<HashMap<u32, Connection>, ObjectError> {
         let mut idle = self.idle();
-        let plain = self.sockets.iter().filter(|socket| !socket.fallen_back);
+        let plain = self.sockets.iter().filter(|socket| socket.layer != Layer::FallenBack);
         let others: Vec<&Socket> = match self.caching {
             Caching::Used => plain.filter(|socket| !idle.contains_key(&socket.ino)).collect(),
             Caching::Verified => plain.collect(),
         };
+        for socket in others.iter().filter(|socket| socket.layer == Layer::Tls) {
+            tls::expect_idle(&socket.file).map_err(|why| socket.unread(why))?;
+        }
         let mut read = HashMap::new();
         let told = parallel::share(&others, read_apart).into_iter().collect::<SysResult<Vec<_>>>()?.concat();
         let mut told = told.as_slice();
@@ -205,27 +211,31 @@ impl Hold {
         }
         info!(idle = idle.len(), others = read.len(), "connections are read");
         read.extend(idle);
+        for socket in self.under(Layer::Tls) {
+            let Some(connection) = read.get_mut(&socket.ino) else { continue };
+            connection.stream.tls = Some(tls::read(&socket.file, connection.state).map_err(|why| socket.unread(why))?);
+        }
         Ok(read)
     }
 
-    fn fallen_back(&self) -> impl Iterator<Item = &Socket> {
-        self.sockets.iter().filter(|socket| socket.fallen_back)
+    fn under(&self, layer: Layer) -> impl Iterator<Item = &Socket> {
+        self.sockets.iter().filter(move |socket| socket.layer == layer)
     }
 
     /// Connections of MPTCP that go on as plain TCP, by inode.
     fn read_fallen_back(&self) -> Result<HashMap<u32, Connection>, ObjectError> {
         let mut gathered = HashMap::new();
-        for socket in self.fallen_back() {
+        for socket in self.under(Layer::FallenBack) {
             gathered.insert(socket.ino, fallback::gather(&socket.file).map_err(|why| socket.unread(why))?);
         }
-        let Some(first) = self.fallen_back().next() else { return Ok(HashMap::new()) };
+        let Some(first) = self.under(Layer::FallenBack).next() else { return Ok(HashMap::new()) };
         let numbers = fallback::numbers(self.numbers.as_ref()).map_err(|why| first.unread(why))?;
         let read = |socket: &Socket| {
             let gathered = gathered.get(&socket.ino).copied().unwrap_or_default();
             let read = fallback::read(&socket.file, gathered, numbers.get(&socket.ino.into()), &socket.info);
             read.map(|connection| (socket.ino, connection)).map_err(|why| socket.unread(why))
         };
-        self.fallen_back().map(read).collect()
+        self.under(Layer::FallenBack).map(read).collect()
     }
 
     /// Connections that have nothing in their queues, by inode.
@@ -236,7 +246,7 @@ impl Hold {
             HashMap::new()
         });
         let connection = |socket: &Socket| Connection::of(numbers.get(&socket.ino.into())?, &socket.info);
-        let plain = self.sockets.iter().filter(|socket| !socket.fallen_back);
+        let plain = self.sockets.iter().filter(|socket| socket.layer != Layer::FallenBack);
         let found = plain.filter_map(|socket| Some((socket.ino, connection(socket)?)));
         found.filter(|(_, connection)| connection.is_idle()).collect()
     }
@@ -255,7 +265,8 @@ impl Hold {
     /// Writes the images. A tree that runs on need not wait for that.
     pub fn write(&self, dir: &ImageDir) -> Result<(), ObjectError> {
         for (ino, connection) in &self.read {
-            let mut image = dir.writer(ImageKind::TcpStream.id((*ino).into()))?;
+            let kind = if connection.stream.tls.is_some() { ImageKind::TcpTls } else { ImageKind::TcpStream };
+            let mut image = dir.writer(kind.id((*ino).into()))?;
             image.message_with_payload(&connection.stream, &connection.data)?;
             image.finish()?;
         }
@@ -307,9 +318,9 @@ impl Hold {
     pub fn silence(&self) {
         for socket in &self.sockets {
             // What has no repair mode can be ended all the same: the gate swallows its last words.
-            let silenced = match socket.fallen_back {
-                true => inet_diag::destroy(socket.ends.local, socket.ends.remote),
-                false => set_repair(&socket.file, Repair::On),
+            let silenced = match socket.layer {
+                Layer::FallenBack => inet_diag::destroy(socket.ends.local, socket.ends.remote),
+                Layer::None | Layer::Tls => set_repair(&socket.file, Repair::On),
             };
             if let Err(err) = silenced {
                 tracing::warn!(ends = %socket.ends, %err, "a socket may leave something behind");

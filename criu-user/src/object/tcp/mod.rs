@@ -40,6 +40,7 @@ pub mod revive;
 pub mod state;
 mod streams;
 pub mod table;
+mod tls;
 
 pub use course::{Course, Segment, Step};
 pub use ends::Ends;

@@ -57,6 +57,15 @@ pub enum TcpError {
         /// Why.
         why: String,
     },
+    /// A connection that the kernel encrypts, and something of it is under way.
+    #[error("it is encrypted by the kernel, and something was {what} that cannot be read below TLS; try again later")]
+    Encrypted {
+        /// What it was.
+        what: &'static str,
+    },
+    /// The kernel does not encrypt connections.
+    #[error("it was encrypted by the kernel, and this one does not do that: {0}; load its module tls (CONFIG_TLS)")]
+    NoTls(#[source] SysError),
     /// Lengths that contradict each other.
     #[error("{unsent} bytes are unsent, but only {written} were written")]
     Lengths {

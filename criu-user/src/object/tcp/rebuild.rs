@@ -10,8 +10,8 @@ use nix::errno::Errno;
 
 use super::course::{Segment, Step};
 use super::ends::{Ends, sockaddr};
-use super::packet;
 use super::read::TcpError;
+use super::{packet, tls};
 use crate::kernel::socket::{self, Extra};
 use crate::kernel::tcp::{self, Queue};
 use crate::kernel::{SysResult, fd, inet_diag};
@@ -100,6 +100,7 @@ fn perform_one(made: BorrowedFd<'_>, ends: &Ends, data: &[u8], step: &Step, wire
             tcp::append(made, data.get(range.clone()).unwrap_or_default())?;
         }
         Step::Window(window) => tcp::set_window(made, window)?,
+        Step::Encrypt(entry) => tls::restore(made, entry)?,
         Step::FinAsSent => {
             tcp::choose_queue(made, Queue::Send)?;
             socket::shutdown(made, libc::SHUT_WR)?;

@@ -31,9 +31,12 @@ pub fn of(entry: &InetSkEntry, cx: &mut Planner<'_>) -> Stream {
 }
 
 fn read(dir: &ImageDir, ino: u32) -> Stream {
-    match dir.reader(ImageKind::TcpStream.id(ino.into())) {
-        Err(ImageError::Missing { .. }) => Ok(None),
-        Err(err) => Err(err),
-        Ok(mut reader) => reader.message_with_payload().map(Some),
+    for kind in [ImageKind::TcpStream, ImageKind::TcpTls] {
+        match dir.reader(kind.id(ino.into())) {
+            Err(ImageError::Missing { .. }) => {}
+            Err(err) => return Err(err),
+            Ok(mut reader) => return reader.message_with_payload().map(Some),
+        }
     }
+    Ok(None)
 }

@@ -161,8 +161,9 @@ pub fn of_images(dir: &ImageDir) -> Result<Vec<Row>, ObjectError> {
     let files: Vec<FileEntry> = dir.read_all(ImageKind::Files)?;
     let mut rows = Vec::new();
     for entry in files.into_iter().filter_map(|file| file.isk) {
-        let name = ImageKind::TcpStream.id(entry.ino.into());
-        let Some(state) = State::of_number(entry.state).filter(|_| dir.exists(name).unwrap_or(true)) else { continue };
+        let Some(state) = State::of_number(entry.state) else { continue };
+        let names = [ImageKind::TcpStream, ImageKind::TcpTls].map(|kind| kind.id(entry.ino.into()));
+        let Some(name) = names.into_iter().find(|name| dir.exists(*name).unwrap_or(true)) else { continue };
         let empty =
             || ObjectError::contradiction(format!("the image of the connection of socket {} is empty", entry.ino));
         let stream: TcpStreamEntry = dir.reader(name)?.message()?.ok_or_else(empty)?;
