@@ -41,23 +41,27 @@ def told(sock):
     return [sock.getsockopt(SOL_TLS, way, len(keys(0))) for way in (TX, RX)]
 
 
-def converse(sock, own, other, rounds=3):
-    """Each end says so much, one after the other."""
+def say(sock, own, rounds=3):
     for number in range(rounds):
-        word = b"%s %d" % (own, number)
-        sock.sendall(word)
+        sock.sendall(b"%s %d" % (own, number))
+
+
+def hear(sock, other, rounds=3):
+    for number in range(rounds):
         equal(exactly(sock, len(other) + 2), b"%s %d" % (other, number), "what the other end says")
 
 
-def begin():
-    sock = encrypt((yield from serve()), 1, 2)
-    converse(sock, b"program", b"peer")
+def begin(tx=1, rx=2):
+    sock = encrypt((yield from serve()), tx, rx)
+    hear(sock, b"peer")
+    say(sock, b"program")
     return sock
 
 
-def begin_peer():
-    sock = encrypt(call(), 2, 1)
-    converse(sock, b"peer", b"program")
+def begin_peer(tx=2, rx=1):
+    """What the program says it reads later: it is not asked to go on before that."""
+    sock = encrypt(call(), tx, rx)
+    say(sock, b"peer")
     return sock
 
 
@@ -67,7 +71,8 @@ def both_ways():
     before = told(sock)
     yield
     equal(told(sock), before, "keys, and the numbers of the next records")
-    converse(sock, b"program", b"peer", 8)
+    say(sock, b"program", 8)
+    hear(sock, b"peer", 8)
     sock.shutdown(socket.SHUT_WR)
     equal(sock.recv(10), b"", "the peer's end")
 
@@ -76,7 +81,9 @@ def both_ways():
 def both_ways_peer():
     sock = begin_peer()
     yield
-    converse(sock, b"peer", b"program", 8)
+    hear(sock, b"program")
+    hear(sock, b"program", 8)
+    say(sock, b"peer", 8)
     equal(sock.recv(10), b"", "the program's end")
     sock.shutdown(socket.SHUT_WR)
 
@@ -84,18 +91,19 @@ def both_ways_peer():
 @case
 def one_way():
     """What comes in is plain text."""
-    sock = encrypt((yield from serve()), 1, None)
-    converse(sock, b"program", b"peer")
+    sock = yield from begin(1, None)
     yield
-    converse(sock, b"program", b"peer")
+    say(sock, b"program")
+    hear(sock, b"peer")
 
 
 @case
 def one_way_peer():
-    sock = encrypt(call(), None, 1)
-    converse(sock, b"peer", b"program")
+    sock = begin_peer(None, 1)
     yield
-    converse(sock, b"peer", b"program")
+    hear(sock, b"program")
+    hear(sock, b"program")
+    say(sock, b"peer")
 
 
 @case
@@ -112,6 +120,7 @@ def begun():
 def begun_peer():
     sock = begin_peer()
     yield
+    hear(sock, b"program")
     equal(exactly(sock, 12), b"begun, ended", "what the program says")
     sock.sendall(b"thanks")
 
@@ -131,6 +140,7 @@ def meanwhile_peer():
     yield
     sock.sendall(b"while you were")
     yield
+    hear(sock, b"program")
     equal(exactly(sock, 4), b"away", "what the program says")
 
 
@@ -144,8 +154,10 @@ def unread_record():
 
 @case
 def unread_record_peer():
-    begin_peer().sendall(b"more")
+    sock = begin_peer()
+    sock.sendall(b"more")
     yield
+    hear(sock, b"program")
 
 
 @case
@@ -159,8 +171,10 @@ def read_in_part():
 
 @case
 def read_in_part_peer():
-    begin_peer().sendall(b"more")
+    sock = begin_peer()
+    sock.sendall(b"more")
     yield
+    hear(sock, b"program")
 
 
 @case

@@ -49,12 +49,13 @@ const RELEASES: [Release; 2] = [
             "tcp::killed::dump::",
             "tcp::clsact::remote_v6",
             "tcp::nftables::close_wait",
+            "tcp::tls::tls12",
             "timers::posix_timers",
             "programs::python",
         ],
     },
-    // Linux 6.12: both kinds of marks.
-    Release { suite: "trixie", tests: &["track::soft_dirty", "track::stores", "memory::zeroed_pages"] },
+    // Linux 6.12: both kinds of marks, and TLS.
+    Release { suite: "trixie", tests: &["track::soft_dirty", "track::stores", "memory::zeroed_pages", "tcp::tls::"] },
 ];
 
 /// Drivers without which the machine has no files.
