@@ -15,7 +15,7 @@ pub fn run(args: &[String]) -> Result<()> {
     crate::peer::ensure_peer()?;
     run_command(cargo().arg("test"))?;
     // Those that are left out where there is no root, or no eBPF.
-    for test in ["ebpf_survey", "ebpf_watch", "ebpf_pending", "ebpf_touched", "ebpf_numbers"] {
+    for test in ["ebpf_survey", "ebpf_watch", "ebpf_pending", "ebpf_touched", "ebpf_numbers", "ebpf_gate"] {
         run_command(cargo().args(["test", "--package", "criu-user", "--test", test, "--", "--ignored"]))?;
     }
     if args.is_empty() {

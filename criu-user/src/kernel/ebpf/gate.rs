@@ -34,8 +34,9 @@ const MAP: &str = "locked";
 const KEY: usize = size_of::<Connection>();
 const VALUE: usize = size_of::<Held>();
 
-/// Room that every gate has. To read what one holds takes a millisecond where it has room for [`MOST`].
-const LEAST: u32 = 1 << 10;
+/// Room that every gate has: for clients that nobody has accepted, of which nobody knows beforehand. To read what a gate
+/// holds takes half a millisecond more where it has room for [`MOST`].
+const LEAST: u32 = 1 << 12;
 
 /// A gate that we hold.
 #[derive(Debug)]
@@ -52,6 +53,8 @@ pub struct Gate {
     keeper: Option<(OwnedFd, Watch)>,
     /// How many connections it can hold, where we have made it.
     room: u32,
+    /// One that was too small, and is open. It goes with this: the kernel takes its time.
+    outgrown: Option<Box<Gate>>,
 }
 
 fn failed(on: impl Into<String>) -> impl FnOnce((&'static str, std::io::Error)) -> EbpfError {
@@ -92,7 +95,8 @@ impl Gate {
         let latch = latch(&program)?;
         let nobody = [Connection::CLOSED, Connection::ANY].each_ref().map(bytes);
         maps::insert_zeros::<KEY, VALUE>(map.as_fd(), &nobody).map_err(failed("the gate"))?;
-        let mut gate = Self { map, links: Vec::new(), latch, pinned: None, keeper: Some((program, watch)), room };
+        let mut gate =
+            Self { map, links: Vec::new(), latch, pinned: None, keeper: Some((program, watch)), room, outgrown: None };
         gate.cover_all()?;
         Ok(gate)
     }
@@ -178,15 +182,26 @@ impl Gate {
         maps::insert_zeros::<KEY, VALUE>(self.map.as_fd(), &keys)
     }
 
-    /// Another gate takes the place of this one, with room for all there can be; it is closed before this one goes.
+    /// Another gate takes the place of this one, with room for all there can be; it is closed before this one opens.
     fn grow(&mut self, connections: &[Connection]) -> EbpfResult<()> {
         let all = MOST as usize;
         let larger = if self.latch.is_some() { Self::by_filters(all)? } else { Self::new(all)? };
         let held: Vec<Connection> = self.connections()?.into_iter().map(|(connection, _)| connection).collect();
-        let entered = larger.enter(&held).and_then(|()| larger.enter(connections));
-        entered.map_err(failed(format!("{} connections of the gate", held.len() + connections.len())))?;
-        *self = larger;
+        let on = || failed(format!("{} connections of the gate", held.len() + connections.len()));
+        larger.enter(&held).and_then(|()| larger.enter(connections)).map_err(on())?;
+        self.open().map_err(on())?;
+        // What this one has held counts.
+        let counted = maps::entries::<KEY, VALUE>(self.map.as_fd()).map_err(on())?;
+        let counted = counted.into_iter().filter(|(_, value)| held_of(value) != Held::default());
+        let (keys, values): (Vec<_>, Vec<_>) = counted.unzip();
+        maps::insert(larger.map.as_fd(), &keys, &values).map_err(on())?;
+        let outgrown = std::mem::replace(self, larger);
+        self.outgrown = Some(Box::new(outgrown));
         Ok(())
+    }
+
+    fn open(&self) -> BpfResult<()> {
+        maps::delete(self.map.as_fd(), &bytes(&Connection::CLOSED))
     }
 
     /// Makes sure that there is a place for names, before anything depends on it.
@@ -231,7 +246,15 @@ impl Gate {
         match links::pinned(&map) {
             Ok(map) => {
                 let latch = Latch::find(&dir);
-                Ok(Some(Self { map, links: Vec::new(), latch, pinned: Some(dir), keeper: None, room: 0 }))
+                Ok(Some(Self {
+                    map,
+                    links: Vec::new(),
+                    latch,
+                    pinned: Some(dir),
+                    keeper: None,
+                    room: 0,
+                    outgrown: None,
+                }))
             }
             Err((_, err)) if err.kind() == ErrorKind::NotFound => Ok(None),
             Err(err) => Err(failed(map.display().to_string())(err)),
@@ -246,7 +269,7 @@ impl Gate {
     /// The connections that it holds, and how much of them it has dropped.
     pub fn connections(&self) -> EbpfResult<Vec<(Connection, Held)>> {
         let all = maps::entries::<KEY, VALUE>(self.map.as_fd()).map_err(failed("the connections of the gate"))?;
-        let mut all: Vec<_> = all.iter().map(|(key, value)| (from_bytes(key), held(value))).collect();
+        let mut all: Vec<_> = all.iter().map(|(key, value)| (from_bytes(key), held_of(value))).collect();
         if !all.iter().any(|(connection, _)| *connection == Connection::CLOSED) {
             return Ok(Vec::new());
         }
@@ -260,16 +283,16 @@ impl Gate {
     /// What it held stays in its map until it is taken away: of a thousand connections that would take a millisecond.
     pub fn unlock(&self) -> EbpfResult<Option<HashSet<Connection>>> {
         let on = || failed("the connections of the gate");
-        maps::delete(self.map.as_fd(), &bytes(&Connection::CLOSED)).map_err(on())?;
+        self.open().map_err(on())?;
         if self.pinned.is_none() {
             return Ok(None);
         }
         let any = maps::lookup::<KEY, VALUE>(self.map.as_fd(), &bytes(&Connection::ANY)).map_err(on())?;
-        if any.is_some_and(|any| held(&any) == Held::default()) {
+        if any.is_some_and(|any| held_of(&any) == Held::default()) {
             return Ok(Some(HashSet::new()));
         }
         let all = maps::entries::<KEY, VALUE>(self.map.as_fd()).map_err(on())?;
-        let was_held = all.iter().filter(|(_, value)| held(value) != Held::default());
+        let was_held = all.iter().filter(|(_, value)| held_of(value) != Held::default());
         Ok(Some(was_held.map(|(key, _)| from_bytes(key)).collect()))
     }
 
@@ -290,7 +313,7 @@ fn name_of(index: u32, way: Way) -> String {
     format!("{index}-{word}")
 }
 
-fn held(value: &[u8; VALUE]) -> Held {
+fn held_of(value: &[u8; VALUE]) -> Held {
     let word = |bytes: &[u8]| bytes.first_chunk().map_or(0, |b| u64::from_ne_bytes(*b));
     Held { from_peer: word(value), to_peer: word(&value[8..]) }
 }

@@ -465,7 +465,7 @@ mod tests {
         assert_eq!(course(State::CloseWait).make.last(), Some(&Step::FromPeer(fin)));
         assert_eq!(course(State::CloseWait).release[1], ack(1010));
         assert!(!course(State::Close).make.contains(&Step::Sent));
-        let shut = TcpStreamEntry { snd_wnd: Some(0), ..stream };
+        let shut = TcpStreamEntry { snd_wnd: Some(0), ..stream.clone() };
         assert_eq!(Trip::of(State::Established, &shut), None);
         let far = TcpStreamEntry { rtt: Some(3_000_000), ..stream };
         assert_eq!(Trip::of(State::Established, &far), Some(Trip::Lasts(Duration::from_secs(1))));
