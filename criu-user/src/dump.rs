@@ -227,7 +227,8 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
         Prepared::make(&dir, &in_freeze, &history, |pid| head_start.expected(pid))
     };
     let live = live.unwrap_or_default();
-    seen::make_room(&tree, files_of(&tree, 0));
+    let files = if options.is_complete_first(observer) { files_of(&tree) } else { 0 };
+    seen::make_room(&tree, files);
     let ahead = match options.survey {
         Source::Proc => Ahead::default(),
         _ => Ahead::ask(&tree, options.caching),
@@ -235,8 +236,8 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
     if options.tcp_established && ahead.are_likely() {
         hold.expect_idle(options.caching);
     }
-    if options.is_complete_first(observer) {
-        dir.prepare(files_of(&tree, ahead.connections()));
+    if files > 0 {
+        dir.prepare(part_of_limit(files + ahead.connections()));
     }
     surveyor.read_ahead(options.pid);
     prepared.give_back();
@@ -299,15 +300,18 @@ pub fn dump(options: &DumpOptions, observer: &dyn Observer) -> Result<Summary, D
     Ok(summary)
 }
 
-/// About how many images there will be of a tree with so many connections.
-fn files_of(tree: &[Pid], connections: usize) -> usize {
+/// About how many images there will be of a tree, besides one for each connection.
+fn files_of(tree: &[Pid]) -> usize {
     /// Of a process: memory map, page map, pages, descriptors, file system, and ids.
     const OF_EACH: usize = 6;
-    /// Of the descriptors that we may have, the part that may be taken by them.
-    const SHARE: u64 = 4;
     let threads: usize = tree.iter().map(|&pid| proc::threads(pid).map_or(0, |threads| threads.len())).sum();
-    let all = tree.len() * OF_EACH + threads + connections;
-    all.min(usize::try_from(limits::open_files() / SHARE).unwrap_or(usize::MAX))
+    tree.len() * OF_EACH + threads
+}
+
+/// So many files, but no more than a part of those that we may have open.
+fn part_of_limit(files: usize) -> usize {
+    const PART: u64 = 4;
+    files.min(usize::try_from(limits::open_files() / PART).unwrap_or(usize::MAX))
 }
 
 /// Has the session collect for an image after this one, if there can be one.
