@@ -37,7 +37,7 @@ use super::witness::{News, Witness};
 use crate::freeze;
 use crate::kernel::kept;
 use crate::kernel::limits::ManyFiles;
-use crate::kernel::pagemap::{self, Marks};
+use crate::kernel::pagemap::Marks;
 use crate::kernel::pidfd::PidFd;
 use crate::kernel::survey::PAGE;
 
@@ -155,9 +155,6 @@ impl Session {
         // Before the first look, so that nobody who is forked meanwhile is missed.
         let witness = match options.ebpf {
             false => Witness::absent("not wanted (--no-ebpf)"),
-            // On 6.1 a session was once seen to stay in the kernel for good, and a processor with it, when others had been
-            // killed. This tells such kernels from those where that never was.
-            true if !pagemap::has_scan()? => Witness::absent("not trusted before Linux 6.7"),
             true => Witness::start(options.root),
         };
         let shared = Shared {

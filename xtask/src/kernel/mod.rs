@@ -45,6 +45,8 @@ const RELEASES: [Release; 2] = [
             "memory::huge_pages",
             "memory::copy_on_write",
             "pipes::content",
+            "sessions::children_are_followed",
+            "sessions::killed_at_any_moment",
             "tcp::close_wait_v4",
             "tcp::killed::dump::",
             "tcp::clsact::remote_v6",

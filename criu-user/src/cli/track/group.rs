@@ -16,7 +16,6 @@ use crate::cli::say;
 use crate::kernel::cgroup::members;
 use crate::kernel::ebpf::Watch;
 use crate::kernel::ebpf::watch::{Questions, What};
-use crate::kernel::pagemap;
 use crate::kernel::pidfd::PidFd;
 use crate::track::TrackError;
 use crate::track::client::{Client, Started};
@@ -116,7 +115,7 @@ struct Arrivals {
 impl Arrivals {
     fn new(dir: &Path, args: &TrackArgs) -> Self {
         let interval = Duration::from_millis(args.interval);
-        if args.no_ebpf || !pagemap::has_scan().unwrap_or(false) {
+        if args.no_ebpf {
             return Self { watch: None, interval };
         }
         let watch = Watch::start(Questions::LIFECYCLE).and_then(|mut watch| {
