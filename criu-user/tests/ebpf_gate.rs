@@ -65,4 +65,10 @@ fn grows(mut gate: Gate) {
     server.set_read_timeout(Some(Duration::from_secs(30))).expect("a time");
     server.read_exact(&mut byte).expect("what was held comes again");
     assert_eq!(byte, *b"x");
+
+    gate.lock(&[held]).expect("locked again");
+    assert!(gate.connections().expect("what it holds").iter().any(|(connection, _)| *connection == held));
+    server.set_read_timeout(Some(Duration::from_millis(300))).expect("a time");
+    client.write_all(b"y").expect("written");
+    server.read(&mut byte).expect_err("nothing passes any more");
 }

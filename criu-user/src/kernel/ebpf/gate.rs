@@ -93,8 +93,7 @@ impl Gate {
         let watch = Watch::new().map_err(listing)?;
         let map = object.take_map("LOCKED")?;
         let latch = latch(&program)?;
-        let nobody = [Connection::CLOSED, Connection::ANY].each_ref().map(bytes);
-        maps::insert_zeros::<KEY, VALUE>(map.as_fd(), &nobody).map_err(failed("the gate"))?;
+        maps::insert_zeros::<KEY, VALUE>(map.as_fd(), &[bytes(&Connection::ANY)]).map_err(failed("the gate"))?;
         let mut gate =
             Self { map, links: Vec::new(), latch, pinned: None, keeper: Some((program, watch)), room, outgrown: None };
         gate.cover_all()?;
@@ -177,8 +176,9 @@ impl Gate {
         }
     }
 
+    /// It holds them also where it had been opened: its engine was killed before it took the gate away.
     fn enter(&self, connections: &[Connection]) -> BpfResult<()> {
-        let keys: Vec<[u8; KEY]> = connections.iter().map(bytes).collect();
+        let keys: Vec<[u8; KEY]> = connections.iter().chain([&Connection::CLOSED]).map(bytes).collect();
         maps::insert_zeros::<KEY, VALUE>(self.map.as_fd(), &keys)
     }
 
