@@ -65,6 +65,14 @@ def begin_peer(tx=2, rx=1):
     return sock
 
 
+def say_more():
+    """A peer that says one word more, before the program is moved."""
+    sock = begin_peer()
+    sock.sendall(b"more")
+    yield
+    hear(sock, b"program")
+
+
 @case
 def both_ways():
     sock = yield from begin()
@@ -154,10 +162,7 @@ def unread_record():
 
 @case
 def unread_record_peer():
-    sock = begin_peer()
-    sock.sendall(b"more")
-    yield
-    hear(sock, b"program")
+    yield from say_more()
 
 
 @case
@@ -171,10 +176,7 @@ def read_in_part():
 
 @case
 def read_in_part_peer():
-    sock = begin_peer()
-    sock.sendall(b"more")
-    yield
-    hear(sock, b"program")
+    yield from say_more()
 
 
 @case
